@@ -25,14 +25,13 @@ help: ## this list
 
 # torch by its exact version first, so that pip never weighs other builds of it.
 $(VENV)/.requirements: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing the requirements into $(VENV): a few minutes, once"
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON) and installing into it: a few minutes, once"; \
+		$(PYTHON) -m venv $(VENV); }
 	@$(INSTALL) $$(grep '^torch==' constraints.txt)
 	@$(INSTALL) .
 	@touch $@
 
 $(VENV)/.requirements-dev: $(VENV)/.requirements
-	@echo "installing the tools for tests and benchmarks into $(VENV)"
 	@$(INSTALL) '.[dev,ray,tensorboard]'
 	@touch $@
 
@@ -40,6 +39,7 @@ $(VENV)/.requirements-dev: $(VENV)/.requirements
 $(VENV)/.package: $(VENV)/.requirements $(SOURCES) setup.py README.md LICENSE
 	@rm -rf build
 	@$(INSTALL) --no-deps --force-reinstall .
+	@rm -rf build fedcore.egg-info
 	@touch $@
 
 .PHONY: install
