@@ -1,5 +1,5 @@
 """Checks of strategies' settings, made when a strategy is built, so that a bad run fails before a client connects."""
-import math
+import sys
 from collections.abc import Sequence
 
 from fedcore.errors import InvalidSetting
@@ -25,7 +25,7 @@ def check_number(
 ) -> None:
     """Raise `InvalidSetting` unless `value` is a finite number within bounds; `above` and `below` exclude the bound."""
     fits = (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         and (above is None or value > above) and (at_least is None or value >= at_least)
         and (below is None or value < below) and (at_most is None or value <= at_most)
     )

@@ -16,7 +16,7 @@ def test_the_bounds_of_a_count_are_allowed(value):
     check_count("rounds", value, 1, 10)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf"), "0.5", False, None, [1]])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 10**400, float("nan"), float("inf"), "0.5", False, None, [1]])
 def test_a_number_must_be_finite_and_within_bounds(value):
     with pytest.raises(InvalidSetting, match="a finite number above 0 and at most 1"):
         check_number("share", value, above=0, at_most=1)
