@@ -49,5 +49,9 @@ class AllNodesFailed(FedcoreError):
     """No node is left that can be given work."""
 
 
+class RunEnded(FedcoreError):
+    """The run's limit was reached while a round was waiting; the driver catches it."""
+
+
 class WorkerDied(FedcoreError):
     """A worker process ended while it was computing a client's task."""

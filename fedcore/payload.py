@@ -14,8 +14,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedcore.errors import MalformedReply
-from fedcore.vectors import Layout, Model, TensorSpec, check_names, mismatch
+from fedcore.errors import MalformedReply, UnsupportedModel
+from fedcore.vectors import FLAT_DTYPES, Layout, Model, TensorSpec, check_names, mismatch
 
 ARRAYS, CONFIG, METRICS, REPLY, INFO = "arrays", "config", "metrics", "reply", "info"
 NUMPY_ARRAY = "numpy.ndarray"
@@ -166,6 +166,25 @@ def _checked(array: Array, spec: TensorSpec) -> np.ndarray:
     if values.shape != spec.shape or str(values.dtype) != spec.dtype:
         raise MalformedReply(mismatch(spec, values.shape, str(values.dtype)))
     return values
+
+
+def model_from_arrays(record: ArrayRecord) -> Model:
+    """Return a model whose layout is guessed from its arrays, for a user's app that has no module at hand.
+
+    Floating-point entries of the first one's dtype are trained, except BatchNorm's statistics, known by their names.
+    """
+    values = {name: torch.from_numpy(array_view(array).copy()) for name, array in record.items()}
+    specs = {name: TensorSpec.of(name, tensor) for name, tensor in values.items()}
+    floats = [spec for spec in specs.values() if spec.torch_dtype in FLAT_DTYPES and not _is_statistic(spec.name)]
+    if not floats:
+        raise UnsupportedModel("The initial arrays hold no float32 or float64 entry to train.")
+    trained = tuple(spec for spec in floats if spec.dtype == floats[0].dtype)
+    buffers = tuple(spec for spec in specs.values() if spec not in trained)
+    return Layout(trained, buffers, tuple(specs)).split(values)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def wire_bytes(content: RecordDict) -> int:

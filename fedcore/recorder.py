@@ -1,0 +1,98 @@
+"""The run folder while a run is going on: metrics and timeline, one JSON object per line."""
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+METRICS_FILE, TIMELINE_FILE, SUMMARY_FILE = "metrics.jsonl", "timeline.jsonl", "summary.json"
+CLIENTS_FILE, CONFIG_FILE, MODEL_FILE, REPORT_FILE = "clients.json", "config.yaml", "model.safetensors", "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+Row = dict[str, Any]
+Listener = Callable[[Row], None]
+
+
+def plain(value: Any) -> Any:
+    """Return a value with numbers that JSON cannot write (NaN, infinities) replaced by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def json_line(row: Row) -> str:
+    """Return a row as one line of valid JSON."""
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:
+        return json.dumps(plain(row), allow_nan=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content so that a reader, or a crash, sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Recorder:
+    """Writes what happens, and tells listeners (a progress bar, TensorBoard) about each metrics row.
+
+    Args:
+        folder: where the two files go; None keeps nothing on disk.
+        listeners: called with every metrics row.
+    """
+
+    def __init__(self, folder: Path | None = None, listeners: tuple[Listener, ...] = ()):
+        self.folder, self._listeners = folder, listeners
+        self._files: dict[str, IO[str]] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, TIMELINE_FILE):
+                self._files[name] = open(folder / name, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+
+    def metric(self, time_s: float, event: str, **figures: Any) -> None:
+        """Write one row of metrics."""
+        row: Row = {"time_s": time_s, "event": event, **figures}
+        self._write(METRICS_FILE, row)
+        for listener in self._listeners:
+            listener(row)
+
+    def task(self, row: Row) -> None:
+        """Write one row of the timeline: a client task that ended."""
+        self._write(TIMELINE_FILE, row)
+
+    def _write(self, name: str, row: Row) -> None:
+        if file := self._files.get(name):
+            file.write(json_line(row) + "\n")
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Finish the files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the length of each file in bytes; what comes after is written again by a run that resumes here."""
+        self.flush()
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Cut the files back to where they were."""
+        for name, file in self._files.items():
+            file.flush()
+            file.truncate(state.get(name, 0))
+            file.seek(0, os.SEEK_END)

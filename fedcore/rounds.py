@@ -1,0 +1,191 @@
+"""Synchronous strategies: our own, and the driver under which Flower's run."""
+import logging
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedcore.errors import MalformedReply, RunEnded, UnsupportedModel
+from fedcore.evaluation import NOT_FIGURES
+from fedcore.hub import Hub
+from fedcore.payload import CONFIG, clone_arrays, read_arrays
+from fedcore.seeds import derive_seed
+from fedcore.session import Session
+from fedcore.strategy import HubStrategy
+from fedcore.tasks import Node, Reply, Task
+from fedcore.vectors import Model
+
+logger = logging.getLogger("fedcore")
+
+SAVEABLE = (type(None), bool, int, float, str, bytes, np.ndarray, ArrayRecord, ConfigRecord)
+
+
+class RoundStrategy(HubStrategy):
+    """Base of synchronous strategies: write `round`, with as many exchanges as the method has."""
+
+    introduces_nodes = True    # whether every node is asked who it is before the first round
+
+    @abstractmethod
+    def round(self, hub: Hub, round_index: int) -> None:
+        """Run one round, counted from zero; `hub.ask` and `train_all` send work and wait."""
+
+    def on_stop(self, hub: Hub) -> None:
+        """The run is over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive a restart."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+
+    def drive(self, session: Session) -> None:
+        """Run rounds until the run's limits, and close the run."""
+        hub = session.hub
+        if not session.resumed:
+            session.open(self.introduces_nodes)
+        try:
+            while hub.stop_reason is None:
+                session.admit_waiting()
+                self.round(hub, hub.round_index)
+                hub.round_index += 1
+                hub.finish_polls()
+                session.check_limits(hub.round_index)
+                session.safe_point()
+        except RunEnded:
+            pass    # the run's time is over; the round under way is dropped
+        session.close(lambda: self.on_stop(hub))
+
+
+def train_all(hub: Hub, nodes: list[Node], **settings: Any) -> list[Reply]:
+    """Train on all the nodes, and return the valid replies in ascending partition order.
+
+    Args:
+        settings: arguments of `Hub.train`.
+    """
+    sent = [hub.task(hub.train(node, **settings)) for node in nodes]
+    replies = (hub.read_reply(answer) for answer in hub.collect([task for task in sent if task]).arrived)
+    return [reply for reply in replies if isinstance(reply, Reply)]
+
+
+class FlowerRounds(RoundStrategy):
+    """Runs one of Flower's own strategies: their hooks in Flower's order, our limits, deadlines and checkpoints.
+
+    Args:
+        strategy: an unmodified Flower strategy. Its federated evaluation runs when its own settings ask for it.
+    """
+
+    introduces_nodes = False
+
+    def __init__(self, strategy: Strategy):
+        self.strategy = strategy
+        self._arrays: ArrayRecord | None = None
+
+    def round(self, hub: Hub, round_index: int) -> None:
+        """Configure, send, wait, validate, aggregate, publish; then the strategy's federated evaluation."""
+        server_round = round_index + 1    # Flower counts rounds from one
+        seed_globals(hub.seed, server_round)
+        arrays = self._arrays if self._arrays is not None else clone_arrays(hub.model_record())
+        config = ConfigRecord({"seed": hub.seed, **hub.options.train_config})
+        grid: Grid = hub.grid  # type: ignore[assignment]
+        sent = _send(hub, self.strategy.configure_train(server_round, arrays, config, grid))
+        answers = hub.collect(sent).arrived
+        pairs = [(hub.read_reply(answer), answer.message) for answer in answers]
+        replies = [reply for reply, _ in pairs if isinstance(reply, Reply)]
+        # Ascending partition order, not order of arrival, which must not change the bits of a sum.
+        result, metrics = self.strategy.aggregate_train(
+            server_round, [message for reply, message in pairs if isinstance(reply, Reply)]
+        )
+        if result is None:
+            hub.log(round=server_round, failed_round=True, replies=len(replies), asked=len(sent))
+            hub.give_up_if_hopeless()
+            return
+        try:
+            params, buffers = read_arrays(result, hub.model.layout)
+        except MalformedReply as error:
+            name = type(self.strategy).__name__
+            raise UnsupportedModel(f"{name} returned arrays that do not fit the model: {error}.") from error
+        # The record itself goes back to the strategy next round, as in Flower's own loop.
+        self._arrays = result
+        figures = {name: value for name, value in (metrics or {}).items() if name not in NOT_FIGURES}
+        hub.publish(Model(params, buffers, hub.model.layout), replies, round=server_round, train=figures)
+        self._evaluate(hub, server_round)
+
+    def _evaluate(self, hub: Hub, server_round: int) -> None:
+        assert self._arrays is not None
+        config, grid = ConfigRecord({"seed": hub.seed}), hub.grid
+        sent = _send(hub, self.strategy.configure_evaluate(server_round, self._arrays, config, grid))  # type: ignore[arg-type]
+        replies = [answer.message for answer in hub.collect(sent).arrived if hub.read_figures(answer) is not None]
+        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        if metrics:
+            figures = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            hub.record_evaluation(figures, hub.version, "clients")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the strategy's attributes that hold plain values, arrays, or another strategy."""
+        return {"arrays": self._arrays, "attributes": attributes_of(self.strategy)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the attributes back."""
+        self._arrays = state["arrays"]
+        set_attributes(self.strategy, state["attributes"])
+
+    def summary(self) -> None:
+        """Let the strategy print its settings."""
+        self.strategy.summary()
+
+
+def _send(hub: Hub, messages: Iterable[Message]) -> list[Task]:
+    sent = []
+    for message in messages:
+        node = hub.find_node(message.metadata.dst_node_id)
+        if node is None:
+            continue    # it left between sampling and sending
+        config = message.content.get(CONFIG)
+        steps = config.get("local-steps") if isinstance(config, ConfigRecord) else None
+        sent.append(hub.send(node, message, local_steps=steps if isinstance(steps, int) else None, base=hub.model))
+    return sent
+
+
+def seed_globals(seed: int, server_round: int) -> None:
+    """Seed the global generators that Flower's strategies draw from (sampling, noise), anew for every round.
+
+    A run that resumes at a round then draws what the run that never stopped drew.
+    """
+    random.seed(derive_seed(seed, "round", server_round))
+    np.random.seed(derive_seed(seed, "round", server_round) % 2**32)
+
+
+def attributes_of(strategy: Strategy) -> dict[str, Any]:
+    """Return what a strategy object remembers, as far as a checkpoint can hold it; functions are left to the file."""
+    found: dict[str, Any] = {}
+    for name, value in vars(strategy).items():
+        if isinstance(value, Strategy):
+            found[name] = {"strategy": attributes_of(value)}
+        elif _is_plain(value):
+            found[name] = {"value": value}
+        elif not callable(value):
+            logger.warning("%s.%s cannot be saved: a resumed run starts it anew.", type(strategy).__name__, name)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, SAVEABLE)
+
+
+def set_attributes(strategy: Strategy, saved: Mapping[str, Any]) -> None:
+    """Give a strategy object the attributes that `attributes_of` read off it."""
+    for name, entry in saved.items():
+        if "strategy" in entry:
+            set_attributes(getattr(strategy, name), entry["strategy"])
+        else:
+            setattr(strategy, name, entry["value"])

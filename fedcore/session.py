@@ -1,0 +1,212 @@
+"""One run from its first node to its last checkpoint, whatever kind of strategy it has."""
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
+
+from fedcore.checkpoint import Checkpoints
+from fedcore.clock import Event
+from fedcore.errors import NothingCanHappen, RunEnded
+from fedcore.hub import Hub
+from fedcore.payload import CONFIG, INFO
+from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
+
+logger = logging.getLogger("fedcore")
+
+
+class Saveable(Protocol):
+    """Something whose state goes into a checkpoint."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Session:
+    """Opens a run, saves it at safe points, and says when it is over.
+
+    Args:
+        hub: what the strategy acts through.
+        strategy: saved and restored with the hub.
+        checkpoints: where to save; None saves nothing.
+        save_every_s: wall seconds between checkpoints; 0 saves at every safe point.
+        interrupted: asked at every safe point; once it says yes, the run is saved and ends.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        strategy: Saveable,
+        checkpoints: Checkpoints | None = None,
+        save_every_s: float = 30.0,
+        interrupted: Callable[[], bool] = lambda: False,
+    ):
+        self.hub, self.strategy, self.checkpoints = hub, strategy, checkpoints
+        self.save_every_s, self.interrupted = save_every_s, interrupted
+        self.resumed = False
+        self._saved_at = time.monotonic()
+        self.clients: dict[int, dict[str, Any]] = {}    # what each partition said about itself
+
+    # ---- nodes --------------------------------------------------------------------------------------------------
+
+    def open(self, introduce: bool = True) -> None:
+        """Wait for the nodes, learn who they are, and start the clock.
+
+        Args:
+            introduce: ask every node for its partition and its number of examples; a grid that knows the partitions
+                itself makes that unnecessary for strategies that do without.
+
+        Raises:
+            NothingCanHappen: fewer nodes than needed are there, and no more will come.
+        """
+        hub, options = self.hub, self.hub.options
+        waited_until = None if options.ready_timeout_s is None else hub.grid.now + options.ready_timeout_s
+        while True:
+            ids = sorted(hub.grid.get_node_ids())
+            least = options.min_nodes or options.expected or max(1, len(ids))
+            if len(ids) >= least:
+                break
+            event = hub.grid.next_event(waited_until)
+            if event is None or event.kind == "time":
+                raise NothingCanHappen(f"{len(ids)} nodes are here, but the run needs {least}. Start more clients.")
+        hub.expected = options.expected or len(ids)
+        partition_of = getattr(hub.grid, "partition_of", None)
+        if introduce or partition_of is None:
+            asked = [self._query(node_id, rank) for rank, node_id in enumerate(ids)]
+            for answer in hub.collect(asked, deadline_s=options.ready_timeout_s, min_replies=0).arrived:
+                self._admit(answer)
+        else:
+            hub.add_nodes([(Node(node_id, partition_of(node_id), 1, 0.0), "") for node_id in ids])
+        hub.start_clock()
+        hub.recorder.metric(0.0, "start", version=0, nodes=len(hub.nodes), num_params=hub.model.layout.num_params)
+        hub.evaluate()
+        hub.finish_polls()
+
+    def admit_waiting(self) -> None:
+        """Admit the nodes that came while a round was going on; wait for one when none is left."""
+        hub = self.hub
+        while True:
+            rank = self._free_rank()
+            asked = [self._query(node_id, rank + index) for index, node_id in enumerate(hub.pop_waiting())]
+            replies = hub.collect(asked) if asked else Replies([], [])
+            for outcome in [*replies.arrived, *(failure for failure in replies.missing if failure.code != NODE_GONE)]:
+                self._report_join(self._admit(outcome))
+            if hub.nodes:
+                return
+            outcome = hub.next_outcome(None)
+            if isinstance(outcome, Event):
+                hub.note_membership(outcome)
+
+    def _query(self, node_id: int, rank: int) -> Task:
+        # Until it says more about itself a node counts as one example, in the partition of its rank.
+        node = Node(node_id, rank, 1, self.hub.now)
+        return self.hub.send_to(node, MessageType.QUERY, RecordDict({CONFIG: ConfigRecord()}))
+
+    def _admit(self, answer: Answer | Failure) -> Node | None:
+        """Make a node of what it answered to the query; one that does not know the query is admitted all the same."""
+        node, kinds, facts = answer.node, "", {}
+        if isinstance(answer, Answer):
+            for record in answer.content.values():
+                facts |= dict(record) if isinstance(record, MetricRecord) else {}
+            info = answer.content.get(INFO)
+            facts |= dict(info) if isinstance(info, ConfigRecord) else {}
+            kinds = str(facts.get("kinds", ""))
+        partition, examples = facts.get("partition-id", node.partition), facts.get("num-examples", 1)
+        if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
+            logger.warning("Node %d describes itself in a way that cannot be used; it counts as one example.", node.id)
+            partition, examples = node.partition, 1
+        if any(other.partition == partition for other in self.hub.nodes):
+            logger.warning("Two nodes say that they hold partition %d; the later one is turned away.", partition)
+            return None
+        node = Node(node.id, partition, examples, self.hub.now)
+        self.hub.add_nodes([(node, kinds)])
+        self.clients[partition] = {"node": partition, "num_examples": examples, "labels": facts.get("labels")}
+        return node
+
+    def outcomes(self, until: Callable[[], float | None]) -> Iterator[Answer | Failure | Event]:
+        """Yield what happens, with nodes that come and go already taken note of.
+
+        A join is reported once the node has said who it is, as an `Event` of kind `join`.
+        """
+        hub = self.hub
+        while True:
+            outcome = hub.next_outcome(until())
+            if isinstance(outcome, Event) and outcome.kind == "join":
+                assert outcome.node_id is not None
+                self._query(outcome.node_id, self._free_rank())
+            elif not isinstance(outcome, Event) and outcome.node.id not in hub.node_ids:
+                if isinstance(outcome, Failure) and outcome.code == NODE_GONE:
+                    continue
+                if (node := self._admit(outcome)) is not None:
+                    self._report_join(node)
+                    yield Event("join", hub.now, node.id)
+            else:
+                yield outcome
+
+    def _report_join(self, node: Node | None) -> None:
+        if node is not None:
+            self.hub.recorder.metric(self.hub.now, "join", version=self.hub.version, node=node.partition)
+
+    def _free_rank(self) -> int:
+        taken = {node.partition for node in self.hub.nodes}
+        return next(rank for rank in range(len(taken) + 1) if rank not in taken)
+
+    # ---- limits and checkpoints ---------------------------------------------------------------------------------
+
+    def check_limits(self, rounds_done: float) -> None:
+        """Stop the run once one of its limits is reached."""
+        rule, hub = self.hub.options.stop, self.hub
+        if rule.client_updates is not None and hub.totals["client_updates"] >= rule.client_updates:
+            hub.stop("client_updates")
+        if rule.rounds is not None and rounds_done >= rule.rounds:
+            hub.stop("rounds")
+        if rule.seconds is not None and hub.now >= rule.seconds:
+            hub.stop("seconds")
+
+    def safe_point(self) -> None:
+        """Save when it is time to, or when the user wants to stop: nothing is half done here."""
+        interrupted = self.interrupted()
+        if self.checkpoints and (interrupted or time.monotonic() - self._saved_at >= self.save_every_s):
+            self.save()
+        if interrupted:
+            self.hub.stop("interrupted")
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        assert self.checkpoints is not None
+        parts: dict[str, Any] = {"hub": self.hub, "strategy": self.strategy}
+        if hasattr(self.hub.grid, "state_dict"):
+            parts["grid"] = self.hub.grid
+        tree = {name: part.state_dict() for name, part in parts.items()}
+        self.checkpoints.save({**tree, "clients": self.clients})
+        self._saved_at = time.monotonic()
+
+    def restore(self) -> list[str]:
+        """Continue from the newest checkpoint that can be read; returns what was wrong with newer ones."""
+        assert self.checkpoints is not None
+        tree, problems = self.checkpoints.load_newest()
+        if "grid" in tree:
+            self.hub.grid.load_state_dict(tree["grid"])  # type: ignore[attr-defined]
+        self.hub.load_state_dict(tree["hub"])
+        self.strategy.load_state_dict(tree["strategy"])
+        self.clients = tree["clients"]
+        self.resumed = True
+        return problems
+
+    def close(self, on_stop: Callable[[], None]) -> None:
+        """End the run: save it as it is, let the strategy flush, evaluate what came out."""
+        hub = self.hub
+        if self.checkpoints:
+            self.save()
+        hub.closing = True
+        on_stop()
+        hub.cancel_all()
+        hub.evaluate()
+        try:
+            hub.finish_polls()
+        except (NothingCanHappen, RunEnded):
+            logger.warning("The last evaluation at the clients could not be completed.")
+        hub.recorder.metric(hub.now, "stop", version=hub.version, reason=hub.stop_reason, **hub.totals)
+        hub.recorder.flush()

@@ -1,0 +1,122 @@
+"""What our strategies have in common: each is a Flower `Strategy`, and runs through a hub."""
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedcore.clock import EventfulGrid, PolledGrid
+from fedcore.hub import Hub
+from fedcore.options import Evaluation, RunOptions, StopRule
+from fedcore.payload import VectorRecord, model_from_arrays
+from fedcore.recorder import Recorder, Row
+from fedcore.session import Session
+from fedcore.vectors import Model
+
+logger = logging.getLogger("fedcore")
+
+
+class HubStrategy(Strategy):
+    """Base of `EventStrategy` and `RoundStrategy`."""
+
+    @abstractmethod
+    def drive(self, session: Session) -> None:
+        """Run to the end of the session."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that must survive a restart."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+
+    def summary(self) -> None:
+        """Log the strategy's name."""
+        logger.info("Strategy %s", type(self).__name__)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the strategy in any Flower ServerApp.
+
+        Args:
+            grid: any Flower grid.
+            initial_arrays: the model to start from, as a state dict. Floating-point entries are trained, except
+                BatchNorm statistics.
+            num_rounds: rounds; for asynchronous strategies one round is as many client updates as there are nodes.
+            timeout: seconds that a task (or a round) may take.
+            train_config: added to every training request.
+            evaluate_config: not used: our strategies evaluate through `evaluate_fn`.
+            evaluate_fn: called with the version and the arrays, after each new version.
+        """
+        result = Result()
+
+        def evaluate(model: Model) -> Mapping[str, float]:
+            assert evaluate_fn is not None
+            metrics = evaluate_fn(hub.version, ArrayRecord(dict(VectorRecord(model))))
+            if metrics is None:
+                return {}
+            result.evaluate_metrics_serverapp[hub.version] = metrics
+            return {name: value for name, value in metrics.items() if not isinstance(value, list)}
+
+        options = RunOptions(
+            stop=StopRule(rounds=num_rounds),
+            evaluation=Evaluation("server", fn=evaluate) if evaluate_fn else Evaluation(),
+            round_deadline_s=timeout,
+            task_timeout_s=timeout,
+            train_config=dict(train_config or {}),
+        )
+        hub = Hub(
+            grid if isinstance(grid, EventfulGrid) else PolledGrid(grid),  # type: ignore[arg-type]
+            model_from_arrays(initial_arrays), options, Recorder(listeners=(_log_row,)),
+        )
+        self.summary()
+        self.drive(Session(hub, self))
+        result.arrays = ArrayRecord(dict(VectorRecord(hub.model)))
+        return result
+
+    # Flower's driver calls these; ours calls `drive`. They exist because Flower's base class is abstract.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used: this strategy decides through its hub."""
+        raise self._no_hooks()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not used: this strategy decides through its hub."""
+        raise self._no_hooks()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used: this strategy decides through its hub."""
+        raise self._no_hooks()
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Not used: this strategy decides through its hub."""
+        raise self._no_hooks()
+
+    def _no_hooks(self) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} is not a strategy of configure and aggregate calls, so it cannot be wrapped by one; "
+            "call its start()."
+        )
+
+
+def _log_row(row: Row) -> None:
+    if row["event"] in ("evaluate", "failure", "refused", "stop"):
+        logger.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
