@@ -118,9 +118,13 @@ class Hub:
         if local_steps is not None:
             settings["local-steps"] = local_steps
         content = RecordDict({ARRAYS: self.model_record(), CONFIG: ConfigRecord(settings)})
-        answers_with_update = settings["reply"] == "update" and "update" in self._kinds.get(node.partition, "")
-        base = None if answers_with_update else self.model
-        self.send_to(node, MessageType.TRAIN, content, local_steps=local_steps, base=base, note=dict(note or {}))
+        wanted = settings["reply"]
+        # Only where an update is wanted of a client that may answer with a model must its base be kept.
+        knows_updates = "update" in self._kinds.get(node.partition, "")
+        base = self.model if wanted == "update" and not knows_updates else None
+        self.send_to(
+            node, MessageType.TRAIN, content, local_steps=local_steps, base=base, wanted=wanted, note=dict(note or {})
+        )
         return task_id
 
     def cancel(self, task_id: int) -> None:
@@ -365,6 +369,8 @@ class Hub:
             found = read_train_reply(answer.content, self.model.layout)
             if found.task_id is not None and found.task_id != task.id:
                 raise MalformedReply(f"it answers task {found.task_id}, but task {task.id} was asked")
+            if found.kind == "update" and task.wanted == "model":
+                raise MalformedReply("it is an update, but a model was asked for")
             if found.kind == "update" and task.base is not None:
                 self._kinds[task.node.partition] = "update,model"
         except MalformedReply as error:

@@ -56,6 +56,7 @@ class Task:
     base_version: int
     local_steps: int | None = None
     bytes_down: int = 0
+    wanted: str = "update"       # what a training task asks for; a client that does not know updates sends a model
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more
@@ -66,7 +67,7 @@ class Reply:
     """A training reply that passed validation.
 
     Attributes:
-        update: trained minus received, over trainable parameters, shape (d,).
+        update: trained minus received, over trainable parameters, shape (d,); not when a model was asked for.
         buffers: non-trainable values after training, by name.
         base_version: the version it was trained from.
         local_steps: optimizer steps done.
