@@ -369,8 +369,8 @@ class Hub:
             found = read_train_reply(answer.content, self.model.layout)
             if found.task_id is not None and found.task_id != task.id:
                 raise MalformedReply(f"it answers task {found.task_id}, but task {task.id} was asked")
-            if found.kind == "update" and task.wanted == "model":
-                raise MalformedReply("it is an update, but a model was asked for")
+            if task.wanted and task.base is None and found.kind != task.wanted:
+                raise MalformedReply(f"it is of kind {found.kind!r}, but {task.wanted!r} was asked for")
             if found.kind == "update" and task.base is not None:
                 self._kinds[task.node.partition] = "update,model"
         except MalformedReply as error:

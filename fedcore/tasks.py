@@ -56,7 +56,7 @@ class Task:
     base_version: int
     local_steps: int | None = None
     bytes_down: int = 0
-    wanted: str = "update"       # what a training task asks for; a client that does not know updates sends a model
+    wanted: str = ""             # `update` or `model`, where the hub asked for it
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more
