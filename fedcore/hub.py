@@ -262,7 +262,7 @@ class Hub:
                 raise self.dead_end()
             if event.kind == "time":
                 assert target is not None
-                self._now = max(self._now, target)
+                self._now = max(self._now, float(target))
                 if limit is not None and self._now >= limit:
                     self.stop("seconds")
                     raise RunEnded("seconds")

@@ -91,9 +91,11 @@ class VectorRecord(ArrayRecord):
         self.__dict__["model"] = None
         super().__delitem__(key)
 
-    def copy(self) -> ArrayRecord:  # type: ignore[override]
-        """Return a shallow copy."""
-        return clone_arrays(self)
+    def copy(self) -> Self:
+        """Return a record with the same arrays."""
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__, _data=dict(self.__dict__["_data"]))
+        return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.model is None:
@@ -121,9 +123,15 @@ def as_tensor(values: np.ndarray) -> Tensor:
 
 def clone_arrays(record: ArrayRecord) -> ArrayRecord:
     """Return a record with the same arrays, whose entries can be changed without touching the original."""
-    if isinstance(record, VectorRecord) and record.model is not None:
-        return VectorRecord(record.model)
-    return _plain_record(dict(record.items()))
+    return record.copy()
+
+
+def clone_content(content: RecordDict) -> RecordDict:
+    """Return records that can be changed without touching the original; the arrays' memory is shared, read only."""
+    clone = RecordDict()
+    for name, record in content.items():
+        clone[name] = clone_arrays(record) if isinstance(record, ArrayRecord) else record.copy()
+    return clone
 
 
 def array_view(array: Array) -> np.ndarray:

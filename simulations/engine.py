@@ -1,0 +1,396 @@
+"""The discrete-event engine: nodes that do one task after another, links, and what goes wrong."""
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedcore.clock import Event
+from fedcore.flower import adopt_identity, with_id
+from fedcore.payload import Estimate, clone_content, wire_bytes
+from fedcore.simulations.availability import Availability
+from fedcore.simulations.clock import EventHeap
+from fedcore.simulations.devices import Devices
+from fedcore.simulations.execute import CRASHED, GONE, NO_ANSWER, AppFactory, NodeInfo, execute
+from fedcore.simulations.failures import Failures
+from fedcore.simulations.network import Network
+from fedcore.simulations.sim_task import Lane, SimTask, set_train_seconds, work_steps
+from fedcore.simulations.workers import WorkerPool
+
+FIRST_NODE_ID = 1000
+# At equal times: transfers start, then replies, then failures, then nodes that come and go (the hub's timers follow).
+UPLOAD, REPLY, FAILURE, MEMBERSHIP = -1, 0, 1, 2
+MEGABIT = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """The moment from which a task's answer is no longer valid."""
+
+    task: SimTask
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The moment at which a node's availability changes; or, `leaving`, at which the server hears that it left."""
+
+    partition: int
+    leaving: bool = False
+
+
+class Engine:
+    """Nodes, links and the clock of a simulated federation; `VirtualGrid` is its face towards Flower.
+
+    Args:
+        app: the ClientApp, or a function that makes it (needed with `workers`).
+        num_nodes: registered clients; one that has nothing to do costs nothing.
+        workers: processes that compute; 0 computes in this one. Results are the same.
+        run_config: what clients find in `context.run_config`.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp | AppFactory,
+        num_nodes: int,
+        seed: int,
+        devices: Devices | None,
+        network: Network | None,
+        availability: Availability | None,
+        failures: Failures | None,
+        workers: int,
+        run_config: Mapping[str, Any] | None,
+    ):
+        adopt_identity()
+        self.num_nodes = num_nodes
+        self.devices = devices or Devices(seed=seed)
+        self.network = network or Network(seed=seed)
+        self.availability, self.failures = availability, failures
+        self.app = app if isinstance(app, ClientApp) else app()
+        self.pool = WorkerPool(app, workers) if workers else None
+        self.run_config = dict(run_config or {"seed": seed})
+        self.now = 0.0
+        self.heap = EventHeap()
+        self.offline: set[int] = set()
+        self.tasks: dict[str, SimTask] = {}            # awaited, by message id
+        self.forgotten: set[str] = set()               # nobody wants their replies any more
+        self._next_id = 0
+        self._counts: dict[int, int] = {}              # tasks handed to each partition so far
+        self._states: dict[int, RecordDict] = {}       # clients' own memory, where they keep any
+        self._lanes: dict[int, Lane] = {}
+        self._unsettled: list[SimTask] = []            # whose duration is known only once they are computed
+        self._times: dict[str, SimTask] = {}
+        self._link_free = {"down": 0.0, "up": 0.0}
+        if availability is not None:
+            for partition in range(num_nodes):
+                if not availability.is_on(partition, 0.0):
+                    self.offline.add(partition)
+                self._plan_change(partition)
+
+    # ---- time ---------------------------------------------------------------------------------------------------
+
+    def start_clock(self) -> None:
+        """Call the present moment zero; only while nothing is under way."""
+        if not self.tasks and self.availability is None:
+            self.now = 0.0
+            self._link_free = {"down": 0.0, "up": 0.0}
+
+    def next_event(self, until: float | None) -> Event | None:
+        """Move the clock to what happens next, at most to `until`; None when nothing can ever happen."""
+        self._settle()
+        while (at := self.heap.next_at()) is not None and (until is None or at <= until):
+            item = self.heap.pop().item
+            self.now = max(self.now, at)
+            event = self._advance(item) if isinstance(item, SimTask) else self._change(item)
+            if event is not None:
+                return event
+            self._settle()
+        if until is None:
+            return None
+        self.now = max(self.now, until)
+        return Event("time", self.now)
+
+    def task_times(self, message_id: str | None) -> dict[str, float] | None:
+        """Return how long the parts of a task took, once, after its reply was handed out."""
+        task = self._times.pop(message_id or "", None)
+        if task is None or task.arrives_at is None:
+            return None
+        queue_s = max(0.0, task.started_at - task.pushed_at - task.download_s)
+        return {"download_s": task.download_s, "queue_s": queue_s, "compute_s": task.compute_s,
+                "upload_s": task.upload_s}
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+    # ---- sending ------------------------------------------------------------------------------------------------
+
+    def push(self, message: Message) -> str | None:
+        """Send a message; returns its id, None when the node is not there."""
+        partition = message.metadata.dst_node_id - FIRST_NODE_ID
+        if not 0 <= partition < self.num_nodes or partition in self.offline:
+            return None
+        name = str(self._next_id)
+        self._next_id += 1
+        index = self._counts.get(partition, 0)
+        self._counts[partition] = index + 1
+        # The sender may go on changing its records (Flower's FedAvg does): take them as they are now.
+        delivered = with_id(message, clone_content(message.content), name)
+        task = SimTask(name, partition, delivered, self.now, index, self.now + message.metadata.ttl)
+        self.tasks[name] = task
+        if self.failures is not None and self.failures.loses_request(partition, index):
+            task.stage = "unreachable"
+            self._expire_later(task)
+            return name
+        task.download_s = self._download(task)
+        lane = self._lanes.get(partition)
+        if lane is None:
+            lane = self._lanes[partition] = Lane()
+            self._begin(lane, task)
+        else:
+            lane.waiting.append(task)
+        return name
+
+    def _download(self, task: SimTask) -> float:
+        size = wire_bytes(task.message.content)
+        own = self.network.download_seconds(task.partition, task.index, size)
+        shared = self.network.server_uplink_mbps
+        return own if shared is None else max(own, self._share("down", size, shared))
+
+    def _share(self, direction: str, size: int, mbps: float) -> float:
+        """Queue a transfer on the server's own link, first come first served; returns seconds until it is through."""
+        through = max(self.now, self._link_free[direction]) + 8 * size / (mbps * MEGABIT)
+        self._link_free[direction] = through
+        return through - self.now
+
+    def _begin(self, lane: Lane, task: SimTask) -> None:
+        """Let a node start on a task."""
+        lane.running = task
+        task.started_at = max(self.now, task.pushed_at + task.download_s)
+        estimate = self._estimate(task)
+        if estimate is None:
+            task.stage = "unsettled"
+            self._unsettled.append(task)
+            return
+        self._plan(task, estimate.work_steps, estimate.reply_bytes)
+        if self.pool is not None and task.fate in ("ok", "reply_lost"):
+            self._submit(task)
+
+    def _estimate(self, task: SimTask) -> Estimate | None:
+        estimator = getattr(self.app, "estimate", None)
+        if estimator is None:
+            return None
+        context = self._info(task.partition).context(self._states.get(task.partition) or RecordDict())
+        return estimator(task.message, context)  # type: ignore[no-any-return]
+
+    def _info(self, partition: int) -> NodeInfo:
+        return NodeInfo(FIRST_NODE_ID + partition, partition, self.num_nodes, self.run_config)
+
+    def _settle(self) -> None:
+        """Compute the tasks whose duration only their reply tells, and plan their arrival."""
+        if not self._unsettled:
+            return
+        tasks, self._unsettled = self._unsettled, []
+        if self.pool is not None:
+            for task in tasks:
+                self._submit(task)
+        for task in tasks:
+            outcome = self._compute(task)
+            if isinstance(outcome, Error):
+                self._plan(task, None, 0)
+            else:
+                self._plan(task, work_steps(outcome), wire_bytes(outcome))
+
+    def _plan(self, task: SimTask, steps: float | None, reply_bytes: int) -> None:
+        """Fix how long a task takes, and what becomes of it."""
+        if steps is not None:
+            task.compute_s = self.devices.compute_seconds(task.partition, task.index, steps)
+        else:
+            is_query = task.message.metadata.message_type.startswith("query")
+            task.compute_s = 0.0 if is_query else self.devices.seconds_per_task
+        if self.failures is not None:
+            if (point := self.failures.crash_point(task.partition, task.index)) is not None:
+                task.fate = "crash"
+                task.compute_s *= point
+                self._arrive_at(task, task.started_at + task.compute_s)
+                return
+            if self.failures.loses_reply(task.partition, task.index):
+                task.fate = "reply_lost"
+        task.upload_s = self.network.upload_seconds(task.partition, task.index, reply_bytes)
+        uploads_at = task.started_at + task.compute_s
+        if self.network.server_downlink_mbps is None:
+            self._arrive_at(task, uploads_at + task.upload_s)
+        else:
+            task.stage, task.upload_bytes = "uploading", reply_bytes
+            task.entry = self.heap.push(uploads_at, UPLOAD, task.partition, task)
+
+    def _arrive_at(self, task: SimTask, at: float) -> None:
+        task.stage, task.arrives_at = "arriving", at
+        task.entry = self.heap.push(at, REPLY, task.partition, task)
+        if task.fate == "reply_lost" or at > task.expires_at:
+            self._expire_later(task)
+
+    def _expire_later(self, task: SimTask) -> None:
+        task.expiry = self.heap.push(task.expires_at, FAILURE, task.partition, Expiry(task))
+
+    # ---- computing ----------------------------------------------------------------------------------------------
+
+    def _submit(self, task: SimTask) -> None:
+        assert self.pool is not None
+        if task.future is None and task.outcome is None:
+            state = self._states.get(task.partition) or RecordDict()
+            wanted_at = task.started_at if task.arrives_at is None else task.arrives_at
+            task.future = self.pool.submit((task.message, self._info(task.partition), state), wanted_at)
+
+    def _compute(self, task: SimTask) -> RecordDict | Error:
+        """Return a task's outcome, computing it now if nobody has."""
+        if task.outcome is None:
+            if task.future is not None:
+                task.outcome, task.state_after = task.future.result()
+                task.future = None
+            else:
+                state = self._states.get(task.partition) or RecordDict()
+                message = with_id(task.message, clone_content(task.message.content), task.id)
+                task.outcome, task.state_after = execute(self.app, message, self._info(task.partition), state)
+        assert task.outcome is not None
+        return task.outcome
+
+    # ---- what becomes of a task -----------------------------------------------------------------------------------
+
+    def _advance(self, task: SimTask) -> Event | None:
+        """A task's next moment has come."""
+        if task.stage == "uploading":
+            assert self.network.server_downlink_mbps is not None
+            shared = self._share("up", task.upload_bytes, self.network.server_downlink_mbps)
+            task.upload_s = max(task.upload_s, shared)
+            self._arrive_at(task, self.now + task.upload_s)
+            return None
+        if task.fate == "gone":
+            return self._hand_over(task, Error(GONE, "the node went offline"))
+        if task.fate == "crash":
+            self._free(task)
+            return self._hand_over(task, Error(CRASHED, "the simulated device crashed while it was working"))
+        outcome = self._compute(task)
+        if isinstance(outcome, Error) and task.stage == "arriving":
+            task.stage = "failing"    # at equal times failures come after replies
+            task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+            return None
+        if task.state_after:
+            self._states[task.partition] = task.state_after
+        self._free(task)
+        if task.fate == "reply_lost" or self.now > task.expires_at:
+            return None
+        return self._hand_over(task, outcome)
+
+    def _free(self, task: SimTask) -> None:
+        """Let a node go on to its next task."""
+        lane = self._lanes.get(task.partition)
+        if lane is None or lane.running is not task:
+            return
+        if lane.waiting:
+            self._begin(lane, lane.waiting.popleft())
+        else:
+            del self._lanes[task.partition]
+
+    def _hand_over(self, task: SimTask, outcome: RecordDict | Error) -> Event | None:
+        if self.tasks.pop(task.id, None) is None:
+            return None    # it had expired
+        if task.expiry is not None:
+            self.heap.cancel(task.expiry)
+        if task.id in self.forgotten:
+            self.forgotten.discard(task.id)
+            return None
+        if isinstance(outcome, RecordDict):
+            set_train_seconds(outcome, task.compute_s)
+        reply = Message(outcome, reply_to=task.message)
+        self._times[task.id] = task
+        task.outcome = task.state_after = None
+        return Event("reply", self.now, FIRST_NODE_ID + task.partition, reply)
+
+    def _change(self, item: "Expiry | Coming") -> Event | None:
+        if isinstance(item, Expiry):
+            item.task.expiry = None
+            waited = f"{item.task.expires_at - item.task.pushed_at:g} s"
+            return self._hand_over(item.task, Error(NO_ANSWER, f"no answer within {waited}"))
+        node_id = FIRST_NODE_ID + item.partition
+        if item.leaving:
+            return Event("leave", self.now, node_id)
+        self._plan_change(item.partition)
+        if item.partition in self.offline:
+            self.offline.discard(item.partition)
+            return Event("join", self.now, node_id)
+        self.offline.add(item.partition)
+        lane = self._lanes.pop(item.partition, None)
+        for task in [] if lane is None else [lane.running, *lane.waiting]:
+            if task is not None:
+                self._lose(task)
+        # The failures of its tasks come first, then the news that it left.
+        self.heap.push(self.now, MEMBERSHIP, item.partition, Coming(item.partition, leaving=True))
+        return None
+
+    def _plan_change(self, partition: int) -> None:
+        assert self.availability is not None
+        at = self.availability.next_change(partition, self.now)
+        if at != float("inf"):
+            self.heap.push(at, MEMBERSHIP, partition, Coming(partition))
+
+    def _lose(self, task: SimTask) -> None:
+        """Lose a task with the node that held it."""
+        if task.entry is not None:
+            self.heap.cancel(task.entry)
+        if task.stage == "unsettled":
+            self._unsettled.remove(task)
+        task.fate, task.stage, task.arrives_at, task.future = "gone", "failing", self.now, None
+        task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clock, the work under way with the models it started from, and the clients' memory."""
+        held = dict(self.tasks)
+        for lane in self._lanes.values():    # a task that nobody awaits any more still keeps its node busy
+            held.update({task.id: task for task in [lane.running, *lane.waiting] if task is not None})
+        lanes = {partition: [task.id for task in (lane.running, *lane.waiting) if task is not None]
+                 for partition, lane in self._lanes.items()}
+        moments = [[at, item.partition, item.leaving] for at, item in self.heap.items() if isinstance(item, Coming)]
+        return {
+            "now": self.now, "next_id": self._next_id, "counts": self._counts, "states": self._states,
+            "tasks": [task.state_dict() for task in held.values()], "awaited": list(self.tasks), "lanes": lanes,
+            "offline": sorted(self.offline), "moments": moments, "forgotten": sorted(self.forgotten),
+            "link_free": self._link_free,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; replies that had been computed are computed again."""
+        self.now, self._next_id, self._counts = state["now"], state["next_id"], state["counts"]
+        self._states, self._link_free = state["states"], state["link_free"]
+        self.offline, self.forgotten = set(state["offline"]), set(state["forgotten"])
+        self.heap = EventHeap()
+        for at, partition, leaving in state["moments"]:
+            self.heap.push(at, MEMBERSHIP, partition, Coming(partition, leaving))
+        held = {fields["id"]: SimTask.from_state(fields) for fields in state["tasks"]}
+        self.tasks = {name: held[name] for name in state["awaited"]}
+        self._lanes = {}
+        for partition, names in state["lanes"].items():
+            running, *waiting = (held[name] for name in names)
+            self._lanes[partition] = Lane(running, deque(waiting))
+        for fields in state["tasks"]:
+            self._replan(held[fields["id"]], fields["expires"])
+
+    def _replan(self, task: SimTask, expires: bool) -> None:
+        """Put a task that was read from a checkpoint back into the heap."""
+        if task.stage == "unsettled":
+            self._unsettled.append(task)
+        elif task.stage == "uploading":
+            task.entry = self.heap.push(task.started_at + task.compute_s, UPLOAD, task.partition, task)
+        elif task.stage in ("arriving", "failing"):
+            assert task.arrives_at is not None
+            priority = REPLY if task.stage == "arriving" else FAILURE
+            task.entry = self.heap.push(task.arrives_at, priority, task.partition, task)
+        if expires:
+            self._expire_later(task)
+        if self.pool is not None and task.stage in ("uploading", "arriving") and task.fate in ("ok", "reply_lost"):
+            self._submit(task)

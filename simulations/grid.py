@@ -1,0 +1,186 @@
+"""A federation in one process and in virtual time, behind Flower's `Grid`."""
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedcore.clock import Event
+from fedcore.errors import NothingCanHappen
+from fedcore.flower import empty_run
+from fedcore.simulations.availability import Availability
+from fedcore.simulations.devices import Devices
+from fedcore.simulations.engine import FIRST_NODE_ID, Engine
+from fedcore.simulations.execute import AppFactory
+from fedcore.simulations.failures import Failures
+from fedcore.simulations.network import Network
+
+logger = logging.getLogger("fedcore")
+
+# An app that asks for the nodes so often, slowly and in vain, waits for nodes that will never come.
+MAX_IDLE_POLLS, SLOW_POLL_S = 12, 0.1
+
+
+class VirtualGrid(Grid):
+    """Runs any ServerApp's messages against any ClientApp in virtual time.
+
+    A message's answer comes at `now + download + queue + work x seconds_per_step + upload`. Work is what the reply's
+    `work-steps` metric says, or `seconds_per_task`. A ClientApp that can tell its work from the request alone
+    (`app.estimate`) is computed only when its answer arrives, or meanwhile on a worker process.
+
+    Args:
+        app: the ClientApp, or a function that makes it (needed with `workers`).
+        num_nodes: registered clients; one that has nothing to do costs nothing.
+        workers: processes that compute; 0 computes in this one. Results are the same.
+        run_config: what clients find in `context.run_config`.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp | AppFactory,
+        num_nodes: int,
+        *,
+        seed: int = 0,
+        devices: Devices | None = None,
+        network: Network | None = None,
+        availability: Availability | None = None,
+        failures: Failures | None = None,
+        workers: int = 0,
+        run_config: Mapping[str, Any] | None = None,
+    ):
+        self.num_nodes = num_nodes
+        self.engine = Engine(app, num_nodes, seed, devices, network, availability, failures, workers, run_config)
+        self._run = empty_run()
+        self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
+        self._idle_polls, self._last_poll = 0, 0.0
+
+    # ---- Flower's interface -------------------------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run's description."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a new message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that are online now.
+
+        An app that asks again and again without sending anything waits for nodes: the clock then moves to the next
+        change of availability.
+
+        Raises:
+            NothingCanHappen: it keeps asking, and no node will ever come.
+        """
+        self._idle_polls += 1
+        if self._idle_polls > 2:
+            slow = time.monotonic() - self._last_poll > SLOW_POLL_S
+            if self.engine.heap.next_at() is not None:
+                if slow and (event := self.next_event(None)) is not None:
+                    self._keep(event)
+            elif slow and self._idle_polls > MAX_IDLE_POLLS:
+                raise NothingCanHappen(
+                    f"The app keeps waiting for more nodes than the {self.num_nodes - len(self.engine.offline)} that are "
+                    f"online (of {self.num_nodes}). Simulate more nodes, or ask for fewer (min_available_nodes)."
+                )
+        self._last_poll = time.monotonic()
+        if not self.engine.offline:
+            return list(range(FIRST_NODE_ID, FIRST_NODE_ID + self.num_nodes))
+        return [FIRST_NODE_ID + index for index in range(self.num_nodes) if index not in self.engine.offline]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
+        """Send messages; returns their ids in order, None for a node that is not there."""
+        self._idle_polls = 0
+        return [self.engine.push(message) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that have arrived; when there is none, wait for the first one."""
+        wanted = dict.fromkeys(message_ids)
+        self._idle_polls = 0
+        unknown = [self._no_reply(name) for name in wanted if name not in self.engine.tasks and name not in self._inbox]
+        while not unknown and wanted and not any(name in self._inbox for name in wanted):
+            event = self.next_event(None)
+            if event is None:
+                break
+            self._keep(event)
+        return unknown + [self._inbox.pop(name) for name in wanted if name in self._inbox]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and wait for their replies, in the order of the messages; `timeout` is in virtual seconds."""
+        sent = [name for name in self.push_messages(messages) if name is not None]
+        limit = None if timeout is None else self.engine.now + timeout
+        missing = set(sent)
+        found: dict[str, Message] = {}
+        while missing:
+            event = self.next_event(limit)
+            if event is None or event.kind == "time":
+                logger.warning("%d of %d replies had not arrived after %s virtual seconds.", len(missing), len(sent), timeout)
+                self.engine.forgotten |= missing
+                break
+            if event.message is not None and event.message.metadata.reply_to_message_id in missing:
+                name = event.message.metadata.reply_to_message_id
+                missing.discard(name)
+                found[name] = event.message
+            else:
+                self._keep(event)
+        return [found[name] for name in sent if name in found]
+
+    # ---- what fedcore's hub uses --------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self.engine.now
+
+    def partition_of(self, node_id: int) -> int:
+        """Return which share of the data a node holds."""
+        return node_id - FIRST_NODE_ID
+
+    def start_clock(self) -> None:
+        """Call the present moment zero; only while nothing is under way."""
+        self.engine.start_clock()
+
+    def next_event(self, until: float | None) -> Event | None:
+        """Move the clock to what happens next, at most to `until`; None when nothing can ever happen."""
+        return self.engine.next_event(until)
+
+    def task_times(self, message_id: str | None) -> dict[str, float] | None:
+        """Return how long the parts of a task took, once, after its reply was handed out."""
+        return self.engine.task_times(message_id)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.engine.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clock, the work under way and the clients' memory, for a checkpoint."""
+        inbox = {name: reply.content for name, reply in self._inbox.items() if reply.has_content()}
+        assert len(inbox) == len(self._inbox), "an app that pulls by itself cannot be saved"
+        return {"engine": self.engine.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, on a grid made with the same arguments."""
+        self.engine.load_state_dict(state["engine"])
+
+    def _keep(self, event: Event) -> None:
+        """Keep a reply that came while something else was waited for."""
+        if event.kind == "reply" and event.message is not None:
+            self.engine.task_times(event.message.metadata.reply_to_message_id)
+            self._inbox[event.message.metadata.reply_to_message_id] = event.message
+
+    def _no_reply(self, name: str) -> Message:
+        metadata = Metadata(1, "", 0, 1, name, "", time.time(), 1.0, "train")
+        return Message(Error(4, f"message {name} is unknown, or its reply was pulled before"), metadata=metadata)
