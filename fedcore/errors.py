@@ -1,4 +1,14 @@
 """Named errors: each carries the offending value, what is allowed, and the next thing to try."""
+from collections.abc import Sequence
+
+LONGEST_VALUE = 60      # characters of a wrong value that are shown
+MOST_PROBLEMS = 8       # of one experiment that are shown: they fit on a screen
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: on one line, cut when it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE - 4]} ..."
 
 
 class FedcoreError(Exception):
@@ -13,8 +23,59 @@ class InvalidSetting(BadInput, ValueError):
     """A setting lies outside its range."""
 
     def __init__(self, name: str, value: object, allowed: str, advice: str = ""):
-        super().__init__(f"{name}={value!r}, but it must be {allowed}. {advice}".rstrip())
+        super().__init__(self._sentence(name, value, allowed, advice).rstrip())
         self.name, self.value, self.allowed, self.advice = name, value, allowed, advice
+
+    def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
+        return f"{name}={shown(value)}, but it must be {allowed}. {advice}"
+
+    def under(self, path: str) -> "InvalidSetting":
+        """Return the same error with the setting's full path, `path` put before its name."""
+        return type(self)(f"{path}.{self.name}", self.value, self.allowed, self.advice)
+
+    # Worker processes send their errors home, and an exception is pickled by its message alone.
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self.allowed, self.advice)
+
+
+class UnknownSetting(InvalidSetting):
+    """A setting that does not exist; `allowed` says which do."""
+
+    def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
+        return f"{name}={shown(value)}, but there is no such setting. {advice} Allowed: {allowed}."
+
+
+class UnknownName(InvalidSetting):
+    """A name that nothing has; `allowed` says which exist."""
+
+    def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
+        return f"{name}={shown(value)}, but nothing has that name. {advice} Allowed: {allowed}."
+
+
+class BrokenPlugin(BadInput):
+    """A class of the user's own that cannot be imported or built."""
+
+
+class MissingSetting(InvalidSetting):
+    """A setting that has no default was left out."""
+
+    def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
+        return f"{name} is missing; it must be {allowed}. {advice}"
+
+
+class BadExperiment(BadInput):
+    """An experiment that cannot be run; `problems` holds everything that is wrong with it."""
+
+    def __init__(self, source: str, problems: Sequence[BadInput]):
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"  - {problem}" for problem in problems[:MOST_PROBLEMS]]
+        if len(problems) > MOST_PROBLEMS:
+            lines.append(f"  ... and {len(problems) - MOST_PROBLEMS} more.")
+        super().__init__("\n".join([f"{source} cannot be run: {count}.", *lines]))
+        self.source, self.problems = source, tuple(problems)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.source, self.problems)
 
 
 class MissingData(BadInput):
@@ -55,3 +116,19 @@ class RunEnded(FedcoreError):
 
 class WorkerDied(FedcoreError):
     """A worker process ended while it was computing a client's task."""
+
+
+class EmptyClient(FedcoreError):
+    """A client was asked to train or to evaluate without a single example."""
+
+    def __init__(self, site: object, purpose: str):
+        super().__init__(f"Client {site!r} has no example to {purpose}. Give it data, or leave it out of the run.")
+        self.site = site
+
+
+class MalformedRequest(FedcoreError):
+    """A request that does not fit this client's task."""
+
+
+class UnknownSite(BadInput):
+    """A client does not know which data are its own."""

@@ -1,0 +1,206 @@
+"""The plug-ins that come with fedcore: what each name in an experiment file stands for.
+
+Everything is a string, so that naming a strategy imports nothing but that strategy.
+"""
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """A built-in plug-in.
+
+    Attributes:
+        target: where it is, `module:Class`.
+        kind: strategies only: who decides what happens when (`rounds`, `events`), and whose code it is.
+        paper: where it was published.
+        summary: what it does, when its own docstring does not say so in one line.
+    """
+
+    target: str
+    kind: str = ""
+    paper: str = ""
+    summary: str = ""
+
+
+_FLOWER = "flwr.serverapp.strategy"
+_FLOWER_KIND = "rounds (Flower's)"
+_DP = f"{_FLOWER}:DifferentialPrivacy"
+
+STRATEGIES = {
+    "fedcompass": Entry("fedcore.strategies.fedcompass:FedCompass", "events", "Li et al., 2024, arXiv:2309.14675"),
+    "fedfix": Entry("fedcore.strategies.fedfix:FedFix", "events", "Fraboni et al., 2023, JMLR 24:110"),
+    "fedasync": Entry("fedcore.strategies.fedasync:FedAsync", "events", "Xie et al., 2019, arXiv:1903.03934"),
+    "fedbuff": Entry("fedcore.strategies.fedbuff:FedBuff", "events", "Nguyen et al., 2022, arXiv:2106.06639"),
+    "fedavg": Entry(
+        f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
+        "Federated averaging: the mean of all clients' models, weighted by examples.",
+    ),
+    "fedprox": Entry(
+        f"{_FLOWER}:FedProx", _FLOWER_KIND, "Li et al., 2020, arXiv:1812.06127",
+        "Federated averaging; clients are pulled back towards the model they were given.",
+    ),
+    "fedavgm": Entry(
+        f"{_FLOWER}:FedAvgM", _FLOWER_KIND, "Hsu et al., 2019, arXiv:1909.06335",
+        "Federated averaging with momentum at the server.",
+    ),
+    "fedadam": Entry(
+        f"{_FLOWER}:FedAdam", _FLOWER_KIND, "Reddi et al., 2021, arXiv:2003.00295",
+        "The mean update goes through Adam at the server.",
+    ),
+    "fedyogi": Entry(
+        f"{_FLOWER}:FedYogi", _FLOWER_KIND, "Reddi et al., 2021, arXiv:2003.00295",
+        "The mean update goes through Yogi at the server.",
+    ),
+    "fedadagrad": Entry(
+        f"{_FLOWER}:FedAdagrad", _FLOWER_KIND, "Reddi et al., 2021, arXiv:2003.00295",
+        "The mean update goes through Adagrad at the server.",
+    ),
+    "krum": Entry(
+        f"{_FLOWER}:Krum", _FLOWER_KIND, "Blanchard et al., 2017, arXiv:1703.02757",
+        "The one model that is closest to its neighbours, against malicious clients.",
+    ),
+    "multikrum": Entry(
+        f"{_FLOWER}:MultiKrum", _FLOWER_KIND, "Blanchard et al., 2017, arXiv:1703.02757",
+        "The mean of the models closest to their neighbours, against malicious clients.",
+    ),
+    "bulyan": Entry(
+        f"{_FLOWER}:Bulyan", _FLOWER_KIND, "El Mhamdi et al., 2018, arXiv:1802.07927",
+        "Krum's selection, then a trimmed mean, against malicious clients.",
+    ),
+    "fedmedian": Entry(
+        f"{_FLOWER}:FedMedian", _FLOWER_KIND, "Yin et al., 2018, arXiv:1803.01498",
+        "The coordinate-wise median of all clients' models.",
+    ),
+    "fedtrimmedavg": Entry(
+        f"{_FLOWER}:FedTrimmedAvg", _FLOWER_KIND, "Yin et al., 2018, arXiv:1803.01498",
+        "The coordinate-wise mean without the largest and smallest values.",
+    ),
+    "qfedavg": Entry(
+        f"{_FLOWER}:QFedAvg", _FLOWER_KIND, "Li et al., 2020, arXiv:1905.10497",
+        "Clients with a higher loss weigh more, for equal quality among clients.",
+    ),
+    "dp_server_fixed_clipping": Entry(
+        f"{_DP}ServerSideFixedClipping", _FLOWER_KIND, "McMahan et al., 2018, arXiv:1710.06963",
+        "Central differential privacy around another strategy; the server clips, to a fixed norm.",
+    ),
+    "dp_client_fixed_clipping": Entry(
+        f"{_DP}ClientSideFixedClipping", _FLOWER_KIND, "McMahan et al., 2018, arXiv:1710.06963",
+        "Central differential privacy around another strategy; clients clip with Flower's fixed-clipping mod.",
+    ),
+    "dp_server_adaptive_clipping": Entry(
+        f"{_DP}ServerSideAdaptiveClipping", _FLOWER_KIND, "Andrew et al., 2021, arXiv:1905.03871",
+        "Central differential privacy around another strategy; the server clips, to a norm it learns.",
+    ),
+    "dp_client_adaptive_clipping": Entry(
+        f"{_DP}ClientSideAdaptiveClipping", _FLOWER_KIND, "Andrew et al., 2021, arXiv:1905.03871",
+        "Central differential privacy around another strategy; clients clip with Flower's adaptive-clipping mod.",
+    ),
+}
+
+_TASKS, _PARTITIONS, _MODELS = "fedcore.clients.tasks", "fedcore.clients.partitions", "fedcore.clients.models"
+_DISTRIBUTIONS, _AVAILABILITY = "fedcore.simulations.distributions", "fedcore.simulations.availability"
+_SCHEDULES, _TORCH_SCHEDULES = "fedcore.clients.schedules", "torch.optim.lr_scheduler"
+
+CATALOGUE: dict[str, dict[str, Entry]] = {
+    "strategies": STRATEGIES,
+    "tasks": {
+        "digits": Entry(f"{_TASKS}.images:Digits"),
+        "mnist": Entry(f"{_TASKS}.images:Mnist"),
+        "cifar10": Entry(f"{_TASKS}.images:Cifar10"),
+        "shakespeare": Entry(f"{_TASKS}.text:Shakespeare"),
+        "housing": Entry(f"{_TASKS}.tables:Housing"),
+        "quadratic": Entry(f"{_TASKS}.analytic:Quadratic"),
+        "logistic": Entry(f"{_TASKS}.analytic:Logistic"),
+        "simulated": Entry(f"{_TASKS}.simulated:Simulated"),
+    },
+    "partitions": {
+        "iid": Entry(f"{_PARTITIONS}:Iid"),
+        "contiguous": Entry(f"{_PARTITIONS}:Contiguous"),
+        "dirichlet": Entry(f"{_PARTITIONS}:Dirichlet"),
+        "dual_dirichlet": Entry(f"{_PARTITIONS}:DualDirichlet"),
+        "classes": Entry(f"{_PARTITIONS}:Classes"),
+        "by_key": Entry(f"{_PARTITIONS}:ByKey"),
+    },
+    "models": {
+        "logistic": Entry(f"{_MODELS}:Logistic"),
+        "mlp": Entry(f"{_MODELS}:Mlp"),
+        "cnn": Entry(f"{_MODELS}:Cnn"),
+        "lstm": Entry(f"{_MODELS}:CharLstm"),
+        "transformer": Entry(f"{_MODELS}:CharTransformer"),
+    },
+    "optimizers": {
+        "sgd": Entry("torch.optim:SGD", summary="Stochastic gradient descent, with or without momentum."),
+        "adam": Entry("torch.optim:Adam", summary="Steps scaled by running means of the gradient and its square."),
+        "adamw": Entry("torch.optim:AdamW", summary="Adam with weight decay apart from the gradient."),
+        "nadam": Entry("torch.optim:NAdam", summary="Adam with Nesterov momentum."),
+        "radam": Entry("torch.optim:RAdam", summary="Adam that corrects the variance of its first steps."),
+        "adamax": Entry("torch.optim:Adamax", summary="Adam with the largest past gradient as the scale."),
+        "adagrad": Entry("torch.optim:Adagrad", summary="Steps scaled by the sum of squared gradients."),
+        "adadelta": Entry("torch.optim:Adadelta", summary="Steps scaled by running means of gradients and steps."),
+        "rmsprop": Entry("torch.optim:RMSprop", summary="Steps scaled by the running mean of squared gradients."),
+        "rprop": Entry("torch.optim:Rprop", summary="Steps that follow the gradient's sign only."),
+        "asgd": Entry("torch.optim:ASGD", summary="Stochastic gradient descent with a decaying rate."),
+    },
+    "schedules": {
+        "constant": Entry(f"{_SCHEDULES}:Constant"),
+        "cosine": Entry(f"{_SCHEDULES}:Cosine"),
+        "step": Entry(f"{_TORCH_SCHEDULES}:StepLR", summary="Multiply by gamma every step_size positions."),
+        "multi_step": Entry(f"{_TORCH_SCHEDULES}:MultiStepLR", summary="Multiply by gamma at each milestone."),
+        "linear": Entry(f"{_TORCH_SCHEDULES}:LinearLR", summary="A straight line between two factors."),
+        "exponential": Entry(f"{_TORCH_SCHEDULES}:ExponentialLR", summary="Multiply by gamma at every position."),
+        "polynomial": Entry(f"{_TORCH_SCHEDULES}:PolynomialLR", summary="Fall to zero as a power of what is left."),
+        "cosine_restarts": Entry(
+            f"{_TORCH_SCHEDULES}:CosineAnnealingWarmRestarts", summary="Half a cosine down, again and again."
+        ),
+        "one_cycle": Entry(f"{_TORCH_SCHEDULES}:OneCycleLR", summary="One rise and one fall over total_steps."),
+        "cyclic": Entry(f"{_TORCH_SCHEDULES}:CyclicLR", summary="Up and down between two rates."),
+    },
+    "distributions": {
+        "constant": Entry(f"{_DISTRIBUTIONS}:Constant"),
+        "normal": Entry(f"{_DISTRIBUTIONS}:Normal"),
+        "lognormal": Entry(f"{_DISTRIBUTIONS}:LogNormal"),
+        "exponential": Entry(f"{_DISTRIBUTIONS}:Exponential"),
+        "trace": Entry(f"{_DISTRIBUTIONS}:Trace"),
+    },
+    "availability": {
+        "always": Entry(f"{_AVAILABILITY}:Always"),
+        "markov": Entry(f"{_AVAILABILITY}:Markov"),
+        "trace": Entry(f"{_AVAILABILITY}:Trace"),
+    },
+    "compressors": {},
+    "graphs": {},
+}
+
+# Where a plug-in of each kind is named in an experiment file.
+PATHS = {
+    "strategies": "strategy",
+    "tasks": "task",
+    "partitions": "clients.partition",
+    "models": "task.model",
+    "optimizers": "train.optimizer",
+    "schedules": "train.schedule",
+    "distributions": "simulation.devices.seconds_per_step",
+    "availability": "simulation.availability",
+    "compressors": "strategy.compressor",
+    "graphs": "strategy.graph",
+}
+
+# Constructor arguments that fedcore fills in itself; a file cannot give them.
+PROVIDED = {
+    "models": ("input_shape", "num_outputs"),
+    "optimizers": ("params", "lr"),
+    "schedules": ("optimizer", "last_epoch"),
+}
+
+# Settings that belong to the place and not to the plug-in's constructor.
+BESIDES = {"schedules": ("unit",)}
+
+# What tries out a spec of this kind, where the class alone cannot be built.
+TRIALS = {
+    "optimizers": "fedcore.clients.optim:OptimizerFactory",
+    "schedules": "fedcore.clients.schedules:make_schedule",
+}
+
+# What a plug-in of each kind has to be, where that can be said in one class.
+EXPECTED = {
+    "strategies": ("flwr.serverapp.strategy:Strategy", "a Flower Strategy"),
+}
