@@ -23,6 +23,7 @@ NUMPY_ARRAY = "numpy.ndarray"
 # An `.npy` header is 128 bytes for every array of fewer than about 10 dimensions.
 ARRAY_HEADER_BYTES = 128
 SCALAR_BYTES = 8
+FIXED_SIZE = (int, float, bool)
 MAX_NUM_EXAMPLES = 10**12
 
 R = TypeVar("R", ArrayRecord, MetricRecord)
@@ -38,6 +39,13 @@ class LazyArray(Array):
         view = values.view()
         view.flags.writeable = False
         self.__dict__.update(dtype=str(view.dtype), shape=tuple(view.shape), stype=NUMPY_ARRAY, view=view)
+
+    @classmethod
+    def over(cls, view: np.ndarray, spec: TensorSpec) -> Self:
+        """Return an array over a view that is read only already, whose description is at hand."""
+        array = object.__new__(cls)
+        array.__dict__.update(dtype=spec.dtype, shape=spec.shape, stype=NUMPY_ARRAY, view=view)
+        return array
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -68,10 +76,15 @@ class VectorRecord(ArrayRecord):
 
     def __init__(self, model: Model):
         super().__init__()
-        self.__dict__["model"] = model
-        data = self.__dict__["_data"]
-        for name, tensor in model.state_dict().items():
-            data[name] = LazyArray(tensor.numpy())
+        layout, flat = model.layout, model.params.numpy()
+        flat.flags.writeable = False    # of this view, and so of the views taken of it
+        arrays: dict[str, Array] = {
+            spec.name: LazyArray.over(flat[start:end].reshape(spec.shape), spec) for spec, start, end in layout.slices
+        }
+        if layout.buffers:
+            arrays |= {name: LazyArray(tensor.numpy()) for name, tensor in model.buffers.items()}
+            arrays = {name: arrays[name] for name in layout.order}
+        self.__dict__.update(model=model, _data=arrays)
 
     @classmethod
     def of(cls, params: Tensor, buffers: Mapping[str, Tensor], layout: Layout) -> Self:
@@ -121,16 +134,11 @@ def as_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def clone_arrays(record: ArrayRecord) -> ArrayRecord:
-    """Return a record with the same arrays, whose entries can be changed without touching the original."""
-    return record.copy()
-
-
 def clone_content(content: RecordDict) -> RecordDict:
     """Return records that can be changed without touching the original; the arrays' memory is shared, read only."""
-    clone = RecordDict()
-    for name, record in content.items():
-        clone[name] = clone_arrays(record) if isinstance(record, ArrayRecord) else record.copy()
+    clone = content.copy()
+    # Past the type checks of RecordDict's own assignment: these are copies of records that passed them.
+    clone.__dict__["_data"] = {name: record.copy() for name, record in content.items()}
     return clone
 
 
@@ -203,12 +211,12 @@ def wire_bytes(content: RecordDict) -> int:
     total = 0
     for record in content.values():
         if isinstance(record, VectorRecord) and record.model is not None:
-            layout = record.model.layout
-            total += layout.num_bytes + ARRAY_HEADER_BYTES * len(layout.order)
+            total += record.model.layout.num_bytes + ARRAY_HEADER_BYTES * len(record)
         elif isinstance(record, ArrayRecord):
             total += sum(_array_bytes(array) + ARRAY_HEADER_BYTES for array in record.values())
         else:
-            total += sum(_value_bytes(value) for value in record.values())
+            total += SCALAR_BYTES * len(record)
+            total += sum(_extra_bytes(value) for value in record.values() if type(value) not in FIXED_SIZE)
     return total
 
 
@@ -218,10 +226,11 @@ def _array_bytes(array: Array) -> int:
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
-def _value_bytes(value: object) -> int:
-    if isinstance(value, (str, bytes, list)):
-        return SCALAR_BYTES + (len(value) if not isinstance(value, list) else sum(map(_value_bytes, value)))
-    return SCALAR_BYTES
+def _extra_bytes(value: object) -> int:
+    """Return what a value takes beyond the bytes of one number: its characters, or its items."""
+    if isinstance(value, list):
+        return sum(SCALAR_BYTES + _extra_bytes(item) for item in value)
+    return len(value) if isinstance(value, (str, bytes)) else 0
 
 
 @dataclass(frozen=True)

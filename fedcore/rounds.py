@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from fedcore.errors import MalformedReply, RunEnded, UnsupportedModel
 from fedcore.evaluation import NOT_FIGURES
 from fedcore.hub import Hub
-from fedcore.payload import CONFIG, clone_arrays, read_arrays
+from fedcore.payload import CONFIG, read_arrays
 from fedcore.seeds import derive_seed
 from fedcore.session import Session
 from fedcore.strategy import HubStrategy
@@ -90,7 +90,7 @@ class FlowerRounds(RoundStrategy):
         """Configure, send, wait, validate, aggregate, publish; then the strategy's federated evaluation."""
         server_round = round_index + 1    # Flower counts rounds from one
         seed_globals(hub.seed, server_round)
-        arrays = self._arrays if self._arrays is not None else clone_arrays(hub.model_record())
+        arrays = self._arrays if self._arrays is not None else hub.model_record().copy()
         config = ConfigRecord({"seed": hub.seed, **hub.options.train_config})
         grid: Grid = hub.grid  # type: ignore[assignment]
         sent = _send(hub, self.strategy.configure_train(server_round, arrays, config, grid))

@@ -252,8 +252,9 @@ class Engine:
                 task.outcome, task.state_after = task.future.result()
                 task.future = None
             else:
-                state = self._states.get(task.partition) or RecordDict()
-                message = with_id(task.message, clone_content(task.message.content), task.id)
+                state, message = self._states.get(task.partition) or RecordDict(), task.message
+                if task.stage == "unsettled":    # a checkpoint may still want the request as it was
+                    message = with_id(message, clone_content(message.content), task.id)
                 task.outcome, task.state_after = execute(self.app, message, self._info(task.partition), state)
         assert task.outcome is not None
         return task.outcome
