@@ -206,11 +206,9 @@ class Engine:
 
     def _plan(self, task: SimTask, steps: float | None, reply_bytes: int) -> None:
         """Fix how long a task takes, and what becomes of it."""
-        if steps is not None:
-            task.compute_s = self.devices.compute_seconds(task.partition, task.index, steps)
-        else:
-            is_query = task.message.metadata.message_type.startswith("query")
-            task.compute_s = 0.0 if is_query else self.devices.seconds_per_task
+        if steps is None and task.message.metadata.message_type.startswith("query"):
+            steps = 0.0
+        task.compute_s = self.devices.compute_seconds(task.partition, task.index, steps)
         if self.failures is not None:
             if (point := self.failures.crash_point(task.partition, task.index)) is not None:
                 task.fate = "crash"
