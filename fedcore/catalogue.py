@@ -103,7 +103,7 @@ _SCHEDULES, _TORCH_SCHEDULES = "fedcore.clients.schedules", "torch.optim.lr_sche
 CATALOGUE: dict[str, dict[str, Entry]] = {
     "strategies": STRATEGIES,
     "tasks": {
-        "digits": Entry(f"{_TASKS}.images:Digits"),
+        "digits": Entry(f"{_TASKS}.digits:Digits"),
         "mnist": Entry(f"{_TASKS}.images:Mnist"),
         "cifar10": Entry(f"{_TASKS}.images:Cifar10"),
         "shakespeare": Entry(f"{_TASKS}.text:Shakespeare"),
@@ -156,6 +156,7 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
     },
     "distributions": {
         "constant": Entry(f"{_DISTRIBUTIONS}:Constant"),
+        "uniform": Entry(f"{_DISTRIBUTIONS}:Uniform"),
         "normal": Entry(f"{_DISTRIBUTIONS}:Normal"),
         "lognormal": Entry(f"{_DISTRIBUTIONS}:LogNormal"),
         "exponential": Entry(f"{_DISTRIBUTIONS}:Exponential"),
@@ -186,6 +187,7 @@ PATHS = {
 
 # Constructor arguments that fedcore fills in itself; a file cannot give them.
 PROVIDED = {
+    "availability": ("seed", "num_nodes"),
     "models": ("input_shape", "num_outputs"),
     "optimizers": ("params", "lr"),
     "schedules": ("optimizer", "last_epoch"),
@@ -194,10 +196,15 @@ PROVIDED = {
 # Settings that belong to the place and not to the plug-in's constructor.
 BESIDES = {"schedules": ("unit",)}
 
-# What tries out a spec of this kind, where the class alone cannot be built.
-TRIALS = {
-    "optimizers": "fedcore.clients.optim:OptimizerFactory",
-    "schedules": "fedcore.clients.schedules:make_schedule",
+# Where an experiment's other sections are tried out, because the ranges of their settings are known there.
+TRAIN_TRIAL = "fedcore.clients.settings:TrainSettings"
+OPTIMIZER_TRIAL = "fedcore.clients.optim:OptimizerFactory"
+SCHEDULE_TRIAL = "fedcore.clients.schedules:make_schedule"
+SIMULATION_TRIALS = {
+    "devices": "fedcore.simulations.devices:Devices",
+    "network": "fedcore.simulations.network:Network",
+    "availability": "fedcore.simulations.availability:Availability",
+    "failures": "fedcore.simulations.failures:Failures",
 }
 
 # What a plug-in of each kind has to be, where that can be said in one class.

@@ -6,10 +6,12 @@ settings in the experiment file:
 
     strategy: {name: my_package.my_module:MyStrategy, server_lr: 0.5}
 
-An argument annotated `Path` names a file that must exist, relative to the experiment file or to the current folder;
-one annotated with Flower's `Strategy` is itself the name or the settings of a strategy.
+An argument that is annotated `Path`, or called `path`, names a file or folder that must exist, relative to the
+experiment file or to the current folder; one annotated with Flower's `Strategy` is itself the name or the settings of a
+strategy.
 """
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -97,8 +99,7 @@ def resolve(kind: str, name: str, path: str | None = None) -> Any:
     """
     path = path or PATHS[kind]
     if name in CATALOGUE[kind]:
-        module, _, attribute = CATALOGUE[kind][name].target.partition(":")
-        return getattr(import_module(module), attribute)
+        return load(CATALOGUE[kind][name].target)
     installed = _installed(kind)
     if name in installed:
         return _load(installed[name].value, path)
@@ -109,8 +110,14 @@ def resolve(kind: str, name: str, path: str | None = None) -> Any:
     raise UnknownName(path, name, ", ".join(known), hint)
 
 
+def load(target: str) -> Any:
+    """Return fedcore's own `module:Class`."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def _load(target: str, path: str) -> Any:
-    """Import `package.module:Class`."""
+    """Import the user's `package.module:Class`."""
     module_name, _, attribute = target.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
         raise InvalidSetting(path, target, "written package.module:Class", "For example my_strategy:MyStrategy.")
@@ -252,7 +259,7 @@ def _value(argument: Argument, value: Any, where: str, folder: Path | None, prob
         problems += found
         return nested
     converted = convert(argument.annotation, value, where)
-    if mentions(argument.annotation, (Path,)) and isinstance(converted, (str, Path)):
+    if (argument.name == "path" or mentions(argument.annotation, (Path,))) and isinstance(converted, (str, Path)):
         return str(find_file(Path(converted), where, folder))
     return _plain(converted)
 
@@ -263,23 +270,22 @@ def _is_strategy(annotation: Any) -> bool:
 
 
 def find_file(path: Path, where: str, folder: Path | None) -> Path:
-    """Return the absolute path of a file named in an experiment.
+    """Return the absolute path of a file or folder named in an experiment.
 
     Args:
         path: as the user wrote it; relative to `folder` or to the current folder.
         where: the setting that names it.
 
     Raises:
-        MissingData: it is in neither, or is not a file.
+        MissingData: it is in neither.
     """
     path = path.expanduser()
     tried = list(dict.fromkeys([(folder or Path()).absolute() / path, Path().absolute() / path]))
     for candidate in tried:
-        if candidate.is_file():
+        if candidate.exists():
             return candidate
     places = " nor ".join(str(candidate) for candidate in tried)
-    kind = "is a folder" if any(candidate.is_dir() for candidate in tried) else "does not exist"
-    raise MissingData(f"{where}={str(path)!r}, but it must be the path of a file: {places} {kind}.")
+    raise MissingData(f"{where}={str(path)!r}, but it must be the path of a file; there is no {places}.")
 
 
 def _plain(value: Any) -> Any:
@@ -325,7 +331,7 @@ def build(kind: str, spec: Any, path: str | None = None, **extra: Any) -> Any:
         plugin = factory(**checked)
     except InvalidSetting as error:
         # A constructor knows its arguments' names, not where they stand in the file.
-        first = error.name.split(".")[0].split("[")[0]
+        first = re.split(r"[.,\[]", error.name)[0]
         raise (error.under(path) if first in takes.accepted else error) from error
     except (TypeError, ValueError) as error:
         raise BrokenPlugin(f"{path}: {name} does not accept its settings: {error}") from error
@@ -335,7 +341,6 @@ def build(kind: str, spec: Any, path: str | None = None, **extra: Any) -> Any:
 def _as_expected(kind: str, plugin: Any, path: str, name: str) -> Any:
     if kind in EXPECTED:
         target, words = EXPECTED[kind]
-        module, _, attribute = target.partition(":")
-        if not isinstance(plugin, getattr(import_module(module), attribute)):
+        if not isinstance(plugin, load(target)):
             raise InvalidSetting(path, name, words, f"It is a {type(plugin).__name__}.")
     return plugin

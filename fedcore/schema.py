@@ -73,14 +73,20 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        inner = "" if not args or args[1] in (Any, object) else f" to {describe(args[1]).removeprefix('a ')}"
+        inner = "" if not args or args[1] in (Any, object) else f" to {_plural(args[1])}"
         return f"a mapping of names{inner}"
     if origin is not None and isinstance(origin, type) and issubclass(origin, (Sequence, set)):
-        inner = f" of {describe(args[0]).removeprefix('a ')}s" if args and args[0] in (int, float) else ""
-        return f"a list{inner}"
+        return f"a list of {_plural(args[0])}" if args and args[0] not in (Any, object) else "a list"
     if annotation in WORDS:
         return WORDS[annotation]
     return f"a {getattr(annotation, '__name__', str(annotation))}"
+
+
+def _plural(annotation: Any) -> str:
+    words = describe(annotation)
+    if words.startswith(("a number", "a whole number")):
+        return words.removeprefix("a ").replace("number", "numbers", 1)
+    return f"entries that are each {words}"
 
 
 def _bounded(words: str, metadata: Iterable[Any]) -> str:

@@ -1,0 +1,125 @@
+"""Settings that are right one by one and wrong together."""
+from collections.abc import Mapping
+from typing import Any
+
+from fedcore.config import Experiment, name_of
+from fedcore.errors import BadInput, InvalidSetting
+from fedcore.schema import nearest
+
+
+def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[BadInput]:
+    """Return what cannot be meant, or would make the run wait forever.
+
+    Args:
+        task, strategy: as built from the settings; None where they could not be built.
+    """
+    found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
+    return [*found, *_taking_part(experiment, strategy)]
+
+
+def _training(experiment: Experiment) -> list[BadInput]:
+    train = experiment.train
+    if train.local_steps is not None and train.local_epochs is not None:
+        return [InvalidSetting(
+            "train.local_epochs", train.local_epochs, f"left out when train.local_steps={train.local_steps} is given",
+            "Both say how long a client trains.",
+        )]
+    return []
+
+
+def _ending(experiment: Experiment) -> list[BadInput]:
+    stop, rule, found = experiment.stop, experiment.round, list[BadInput]()
+    if stop.target and not stop.has_limit:
+        found.append(InvalidSetting(
+            "stop.target", stop.target, "accompanied by a limit",
+            "A run that never reaches it would never end. Add stop.seconds, stop.rounds or stop.client_updates.",
+        ))
+    if rule.min_replies_share < 1 and rule.deadline_s is None:
+        found.append(InvalidSetting(
+            "round.min_replies_share", rule.min_replies_share, "1, or round.deadline_s must be given",
+            "Without a deadline a round waits for every reply.",
+        ))
+    return found
+
+
+def _evaluating(experiment: Experiment, task: Any) -> list[BadInput]:
+    rule, target, found = experiment.evaluate, experiment.stop.target, list[BadInput]()
+    if rule.where == "none" and target:
+        found.append(InvalidSetting(
+            "evaluate.where", "none", "server or clients", f"The target {dict(target)} has to be measured by somebody."
+        ))
+    if rule.unit == "versions" and rule.every != int(rule.every):
+        found.append(InvalidSetting(
+            "evaluate.every", rule.every, "a whole number of versions",
+            "Or count in seconds, with evaluate.unit: seconds.",
+        ))
+    if rule.where == "server" and task is not None and not hasattr(task, "test_data"):
+        found.append(InvalidSetting(
+            "evaluate.where", "server", "clients or none",
+            f"The task {experiment.task_name} has no test_data() for a server.",
+        ))
+    reported = getattr(task, "metric_names", None)
+    if isinstance(reported, (tuple, list)):
+        for metric in target.keys() - set(reported):
+            found.append(InvalidSetting(
+                f"stop.target.{metric}", target[metric], f"a target for {' or '.join(reported) or 'nothing'}",
+                f"The task {experiment.task_name} reports no {metric}. {nearest(metric, reported)}".rstrip(),
+            ))
+    if "accuracy" in target and not 0 <= target["accuracy"] <= 1:
+        found.append(InvalidSetting(
+            "stop.target.accuracy", target["accuracy"], "a number from 0 to 1", "93 % is written 0.93."
+        ))
+    return found
+
+
+def _taking_part(experiment: Experiment, strategy: Any) -> list[BadInput]:
+    """Flower's strategies wait until as many nodes are there as they were told to."""
+    count, found = experiment.clients.count, list[BadInput]()
+    given = experiment.strategy if isinstance(experiment.strategy, dict) else {}
+    for name in ("min_available_nodes", "min_train_nodes"):
+        needed = getattr(strategy, name, None)
+        if isinstance(needed, int) and needed > count:
+            where = f"strategy.{name}" if name in given else "clients.count"
+            value, allowed = (needed, f"at most {count}") if name in given else (count, f"at least {needed}")
+            found.append(InvalidSetting(
+                where, value, allowed,
+                f"{experiment.strategy_name} would wait forever: {name} is {needed}, and there are {count} clients.",
+            ))
+            break
+    return found
+
+
+def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy: Any) -> list[str]:
+    """Return warnings: what is allowed, but has no effect or probably another one than was meant.
+
+    Args:
+        given: what the file says, before defaults.
+    """
+    found = []
+    name = experiment.strategy_name
+    steps_given = {"local_steps", "local_epochs"} & _keys(given, "train")
+    if steps_given and hasattr(strategy, "rules") and hasattr(strategy.rules, "max_local_steps"):
+        found.append(f"train.{steps_given.pop()} has no effect: {name} chooses every client's local steps itself.")
+    if _keys(given, "round") & {"deadline_s", "min_replies_share"} and _is_event_driven(strategy):
+        found.append(f"round.deadline_s and round.min_replies_share have no effect: {name} has no rounds to wait for.")
+    if "partition" in _keys(given, "clients") and task is not None and not hasattr(task, "training_data"):
+        partition = name_of(experiment.clients.partition)
+        found.append(f"clients.partition: {partition} has no effect: the task {experiment.task_name} says itself who has "
+                     "what.")
+    if experiment.evaluate.where == "none":
+        found.append("Nobody evaluates the model (evaluate.where: none), so the report will show no accuracy.")
+    if (size := getattr(strategy, "buffer_size", None)) is not None and size > experiment.clients.count:
+        found.append(f"strategy.buffer_size={size} is more than the {experiment.clients.count} clients: each version "
+                     "waits for several updates of the same client.")
+    return found
+
+
+def _keys(given: Mapping[str, Any], section: str) -> set[str]:
+    found = given.get(section)
+    return set(found) if isinstance(found, Mapping) else set()
+
+
+def _is_event_driven(strategy: Any) -> bool:
+    from fedcore.events import EventStrategy
+
+    return isinstance(strategy, EventStrategy)
