@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from flwr.app import MetricRecord, RecordDict
 
 from fedcore.errors import MalformedReply
-from fedcore.options import reaches
+from fedcore.measures import reaches
 from fedcore.payload import read_num_examples, single_record
 
 # Entries of a metrics record that say what was done, not how well.
@@ -51,12 +51,16 @@ class Scores:
         accuracy = figures.get("accuracy")
         if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
             self.best_accuracy = accuracy
-        reached = bool(target) and all(
-            name in figures and reaches(name, figures[name], value) for name, value in target.items()
-        )
+        reached = self.reached(target)
         if reached and self.time_to_target_s is None:
             self.time_to_target_s = now
         return reached
+
+    def reached(self, target: Mapping[str, float]) -> bool:
+        """Say whether the latest evaluation reaches a target."""
+        return bool(target) and all(
+            name in self.latest and reaches(name, self.latest[name], value) for name, value in target.items()
+        )
 
 
 @dataclass

@@ -7,16 +7,6 @@ from fedcore.vectors import Model
 
 EvaluateFn = Callable[[Model], Mapping[str, float]]
 
-# A metric whose name holds one of these words is better when it is smaller.
-SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "gap")
-
-
-def reaches(metric: str, value: float, target: float) -> bool:
-    """Say whether a figure is at least as good as its target."""
-    if any(word in metric for word in SMALLER_IS_BETTER):
-        return value <= target
-    return value >= target
-
 
 @dataclass(frozen=True)
 class StopRule:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fedcore.errors import BadInput
+from fedcore.measures import reaches, smaller_is_better
 from fedcore.recorder import (
     CLIENTS_FILE,
     CONFIG_FILE,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:       # reading a report's figures should not take torch's sec
 Row = dict[str, Any]
 
 UNFINISHED = "unfinished: the run was killed or is still going"
-LOWER_IS_BETTER = ("loss", "error", "distance", "perplexity", "regret")
 
 
 class NotARun(BadInput):
@@ -54,11 +54,6 @@ class DamagedRun(BadInput):
         self.path, self.reason = path, reason
 
 
-def lower_is_better(metric: str) -> bool:
-    """Return whether a smaller value of this metric is the better one (losses, errors, distances)."""
-    return any(part in LOWER_IS_BETTER for part in metric.lower().replace("-", "_").split("_"))
-
-
 def number(value: object) -> float | None:
     """Return a JSON value as a float, or None for anything that is not a number."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -75,7 +70,7 @@ def best_of(metric: str, values: Iterable[float]) -> float | None:
     usable = [value for value in values if math.isfinite(value)]
     if not usable:
         return None
-    return min(usable) if lower_is_better(metric) else max(usable)
+    return min(usable) if smaller_is_better(metric) else max(usable)
 
 
 class Run:
@@ -109,7 +104,10 @@ class Run:
         """The run in one dict; derived from the metrics when the run never finished."""
         if not self.finished:
             return self._derived_summary()
-        return _json_of(self.folder / SUMMARY_FILE, dict)
+        content = _json_of(self.folder / SUMMARY_FILE)
+        if not isinstance(content, dict):
+            raise DamagedRun(self.folder / SUMMARY_FILE, "it does not hold an object")
+        return content
 
     @cached_property
     def metrics(self) -> list[Row]:
@@ -125,7 +123,10 @@ class Run:
     def clients(self) -> list[Row]:
         """One row per client: partition, examples, label histogram, seconds per step."""
         path = self.folder / CLIENTS_FILE
-        return _json_of(path, list) if path.is_file() else []
+        content = _json_of(path) if path.is_file() else []
+        if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+            raise DamagedRun(path, "it does not hold a list of objects")
+        return content
 
     @cached_property
     def config(self) -> Row:
@@ -203,11 +204,8 @@ class Run:
 
     def cost_to(self, metric: str, value: float, over: str) -> float | None:
         """Return how much of a counter (see `curve`) was spent when an evaluation first met a target."""
-        sign = -1.0 if lower_is_better(metric) else 1.0
-        for at, reached in zip(*self.curve(metric, over), strict=True):
-            if sign * reached >= sign * value:      # False for NaN
-                return at
-        return None
+        points = zip(*self.curve(metric, over), strict=True)
+        return next((at for at, reached in points if reaches(metric, reached, value)), None)      # NaN reaches nothing
 
     def _derived_summary(self) -> Row:
         """Return what can be said of a run without a summary.
@@ -225,9 +223,9 @@ class Run:
             values = self.curve(metric)[1]
             summary[f"final_{metric}"] = values[-1] if values else None
         summary["best_accuracy"] = best_of("accuracy", self.curve("accuracy")[1])
-        summary["time_to_target_s"] = None
-        for metric, value in target_of(self.config).items():
-            summary["time_to_target_s"] = self.time_to(metric, value)
+        target = target_of(self.config)
+        summary["time_to_target_s"] = next((row.get("time_s") for row in self.rows("evaluate") if target and all(
+            reaches(metric, finite(row.get(metric)) or math.nan, value) for metric, value in target.items())), None)
         summary["failures"] = len(self.rows("failure"))
         summary["refused"] = len(self.rows("refused"))
         return summary
@@ -262,14 +260,11 @@ def _text_of(path: Path) -> str:
         raise DamagedRun(path, _first_line(error)) from error
 
 
-def _json_of(path: Path, kind: type) -> Any:
+def _json_of(path: Path) -> Any:
     try:
-        content = json.loads(_text_of(path))
+        return json.loads(_text_of(path))
     except json.JSONDecodeError as error:
         raise DamagedRun(path, f"it is not JSON ({error})") from error
-    if not isinstance(content, kind) or (kind is list and not all(isinstance(row, dict) for row in content)):
-        raise DamagedRun(path, f"it does not hold a {'list of objects' if kind is list else 'single object'}")
-    return content
 
 
 def _json_lines(path: Path) -> list[Row]:

@@ -75,7 +75,7 @@ def line_chart(plot: Plot) -> Markup:
         height = y_scale.place(plot.level[0])
         body += Markup('<path class="level" d="M0 {0}H{1}"/>').format(_y(height), WIDTH)
         overlay += Markup('<span class="flag level-flag{}" style="bottom:{:.2f}%">{}</span>').format(
-            " below" if height > 0.9 else "", height * 100, plot.level[1])
+            " below" if ys[0] < plot.level[0] else "", height * 100, plot.level[1])    # where a curve has left
     for at, words in plot.marks:
         place = x_scale.place(at)
         body += Markup('<path class="mark" d="M{} 0V{}"/>').format(_x(place), WIDTH)
@@ -156,10 +156,9 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     kept: list[Point] = []
     for start in range(0, len(points), size):
         bucket = points[start:start + size]
-        finite = [index for index, (_, y) in enumerate(bucket) if math.isfinite(y)]
-        lowest = min(finite, key=lambda index, rows=bucket: rows[index][1], default=0)
-        highest = max(finite, key=lambda index, rows=bucket: rows[index][1], default=0)
-        kept += [bucket[index] for index in sorted({0, lowest, highest, len(bucket) - 1})]
+        by_height = sorted((y, index) for index, (_, y) in enumerate(bucket) if math.isfinite(y))
+        ends = {by_height[0][1], by_height[-1][1]} if by_height else set()
+        kept += [bucket[index] for index in sorted({0, *ends, len(bucket) - 1})]
     return kept
 
 

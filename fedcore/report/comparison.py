@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedcore.errors import InvalidSetting
+from fedcore.measures import smaller_is_better
 from fedcore.recorder import write_atomically
 from fedcore.report.charts import COLOURS, Line, Plot, legend_of, line_chart
 from fedcore.report.facts import Facts, facts_of
@@ -32,7 +33,7 @@ from fedcore.report.scales import (
     seconds,
 )
 from fedcore.report.words import clock_of, main_metric, plain_rows, title_of
-from fedcore.runs import Run, best_of, finite, lower_is_better, target_of
+from fedcore.runs import Run, best_of, finite, target_of
 
 FIGURES = ("time_to_target_s", "updates_to_target", "bytes_to_target", "client_updates", "client_steps", "bytes_up",
            "bytes_down", "best_accuracy", "final_loss", "versions", "time_s")
@@ -168,7 +169,7 @@ def target_for(groups: Sequence[Group], target: Mapping[str, float] | None) -> T
     known = [best for best in bests if best is not None]
     if len(known) < len(bests):
         return None
-    if lower_is_better(shared):
+    if smaller_is_better(shared):
         return Target(shared, max(known), chosen=True)
     return Target(shared, math.floor(min(known) * CHOSEN_STEPS) / CHOSEN_STEPS, chosen=True)
 

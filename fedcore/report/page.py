@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedcore.measures import smaller_is_better
 from fedcore.recorder import REPORT_FILE, write_atomically
 from fedcore.report.charts import Line, Plot, histogram, line_chart
 from fedcore.report.facts import Client, Facts, busiest_share, facts_of, histogram_bins
@@ -33,7 +34,7 @@ from fedcore.report.words import (
     title_of,
     warnings_of,
 )
-from fedcore.runs import Row, Run, finite, lower_is_better, target_of
+from fedcore.runs import Row, Run, finite, target_of
 
 HERE = Path(__file__).parent
 MOST_ROWS = 40              # clients in a table; of more, those at both ends are shown
@@ -260,7 +261,7 @@ def other_figures(run: Run) -> Section:
             points = [(at, value) for row in rows if (at := finite(row.get("time_s"))) is not None
                       and (value := finite(row.get(key))) is not None]
             if len(points) > 1 and len({value for _, value in points}) > 1:
-                words, log_y = metric_words(key), None if lower_is_better(key) else False
+                words, log_y = metric_words(key), None if smaller_is_better(key) else False
                 charts.append(line_chart(Plot(words.capitalize(), [Line(points, len(charts) + 2)], clock, words,
                                               SECONDS, metric_kind(key), log_y=log_y, small=True)))
     if not charts:

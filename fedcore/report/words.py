@@ -1,6 +1,7 @@
 """A run told in sentences and key figures: what ran, why it stopped, what it cost, who waited."""
 from dataclasses import dataclass
 
+from fedcore.measures import smaller_is_better
 from fedcore.report.facts import Client, Facts
 from fedcore.report.scales import (
     NO_FIGURE,
@@ -13,12 +14,14 @@ from fedcore.report.scales import (
     percent,
     seconds,
 )
-from fedcore.runs import Row, Run, best_of, finite, lower_is_better, name_of, target_of
+from fedcore.runs import Row, Run, best_of, finite, name_of, target_of
 
 REAL_TIME_ENGINES = ("grpc", "superlink")
 COUNTED = {"time_s", "wall_s", "versions", "client_updates", "client_steps", "bytes_up", "bytes_down", "final_loss",
            "final_accuracy", "best_accuracy", "time_to_target_s", "num_params", "failures", "refused", "lost",
-           "evaluations", "seed", "peak_rss_mb"}
+           "evaluations", "seed", "peak_rss_mb", "rounds"}
+STOPPED = {"target": "It stopped there.", "interrupted": "It was interrupted by its user.",
+           "error": "It ended with an error; the figures are those up to then."}
 SUMMARY_WORDS = {"epsilon": "privacy spent (ε)", "delta": "privacy (δ)", "queries": "function queries",
                  "gradients": "gradients", "exchanges": "exchanges", "consensus_distance": "consensus distance",
                  "excess_loss": "excess loss"}
@@ -58,14 +61,14 @@ def headline(run: Run) -> str:
     if metric is None:
         return f"{strategy} ran {task} for {seconds(finite(run.summary.get('time_s')))} of {clock_of(run)}"
     best = metric_figure(metric, best_of(metric, run.curve(metric)[1]))
-    if lower_is_better(metric):
+    if smaller_is_better(metric):
         return f"{strategy} brought the {metric_words(metric)} on {task} down to {best}"
     return f"{strategy} reached {best} {metric_words(metric)} on {task}"
 
 
 def opening(run: Run, facts: Facts) -> list[str]:
     """Return the sentences under the headline, each complete in itself."""
-    return [line for line in (_what_ran(run, facts), _why_stopped(run), _target(run), _stragglers(facts, run),
+    return [line for line in (_what_ran(run, facts), _target(run), _why_stopped(run), _stragglers(facts, run),
                               _speeds(facts), _lost_work(facts)) if line]
 
 
@@ -82,10 +85,15 @@ def _what_ran(run: Run, facts: Facts) -> str:
 
 
 def _why_stopped(run: Run) -> str:
-    reason = run.summary.get("stop_reason")
     if not run.finished:
         return "The run has no summary: it was killed or is still going, and these are its figures so far."
-    return f"It stopped because of: {reason}." if reason else ""
+    reason = str(run.summary.get("stop_reason") or "")
+    stop = run.config.get("stop")
+    limit = finite(stop.get(reason)) if isinstance(stop, dict) else None
+    if limit is not None:
+        return "It stopped after " + (f"{seconds(limit)} of {clock_of(run)}" if reason == "seconds" else
+                                      f"{count(limit)} {metric_words(reason)}") + ", as set."
+    return STOPPED.get(reason, f"It stopped: {reason}." if reason else "")
 
 
 def _target(run: Run) -> str:
