@@ -1,0 +1,62 @@
+"""What every client of ours has in common: its actions, and the estimate of what a reply will cost."""
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+
+from fedcore.clients.data import batches_per_pass
+from fedcore.clients.requests import KINDS, Request
+from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
+
+# A forward pass costs about a third of a training step.
+EVALUATIONS_PER_STEP = 3
+EVALUATE_METRICS = ("num-examples", "work-steps")
+# What replies to a query offer: `reply` in a request may be one of these.
+OFFER = ",".join(KINDS)
+
+
+class Client(Protocol):
+    """The three actions behind an app."""
+
+    def train(self, message: Message, context: Context) -> Message: ...
+
+    def evaluate(self, message: Message, context: Context) -> Message: ...
+
+    def query(self, message: Message, context: Context) -> Message: ...
+
+    def estimate(self, message: Message, context: Context) -> Estimate | None: ...
+
+
+class EstimatingApp(ClientApp):
+    """A ClientApp that can say what a reply will cost before computing it: `app.estimate(message, context)`."""
+
+    def __init__(self, client: Client, mods: Sequence[Mod] | None = None):
+        super().__init__()
+        self.estimate: Estimator = client.estimate
+        self.train(mods=list(mods or []))(client.train)
+        self.evaluate(mods=list(mods or []))(client.evaluate)
+        self.query(mods=list(mods or []))(client.query)
+
+
+def add_echo(content: RecordDict, request: Request) -> None:
+    """Put what a request wants repeated into its reply."""
+    if request.echo is not None:
+        content[REPLY] = ConfigRecord(dict(request.echo))
+
+
+def echo_bytes(request: Request) -> int:
+    """Return what `add_echo` adds to the size of a reply."""
+    return 0 if request.echo is None else _echo_bytes(request.kind, tuple(request.echo))
+
+
+@lru_cache(maxsize=64)
+def _echo_bytes(kind: str, names: tuple[str, ...]) -> int:
+    return wire_bytes(RecordDict({REPLY: ConfigRecord({name: kind if name == "kind" else 0 for name in names})}))
+
+
+def evaluation_steps(num_examples: int, batch_size: int) -> int:
+    """Return what an evaluation costs, in training steps."""
+    return -(-batches_per_pass(num_examples, batch_size) // EVALUATIONS_PER_STEP)
