@@ -126,7 +126,7 @@ class Devices(Section):
 
     seconds_per_step: Drawn = 0.1
     jitter: NotNegative = 0.0
-    seconds_per_task: NotNegative = 1.0
+    seconds_per_task: Drawn = 1.0
 
 
 class Network(Section):
