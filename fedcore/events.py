@@ -66,8 +66,11 @@ class EventStrategy(HubStrategy):
             if hub.options.evaluation.unit == "seconds":
                 hub.set_timer(EVALUATE_TIMER, hub.options.evaluation.every)
             self.on_start(hub)
+        else:
+            session.check_limits(self._rounds_done(hub))    # a run saved after its last event has nothing left to do
         try:
-            self._loop(session)
+            if hub.stop_reason is None:
+                self._loop(session)
         except RunEnded:
             pass    # the run's time is over; what is under way is dropped
         session.close(lambda: self.on_stop(hub))
@@ -87,10 +90,14 @@ class EventStrategy(HubStrategy):
             elif outcome.node_id is not None and (gone := hub.remove_node(outcome.node_id)):
                 hub.recorder.metric(hub.now, "leave", version=hub.version, node=gone.partition)
                 self.on_leave(hub, gone)
-            session.check_limits(hub.totals["client_updates"] / max(1, hub.expected))
+            session.check_limits(self._rounds_done(hub))
             session.safe_point()
             if hub.stop_reason is not None:
                 return
+
+    @staticmethod
+    def _rounds_done(hub: Hub) -> float:
+        return hub.totals["client_updates"] / max(1, hub.expected)
 
     def _on_answer(self, hub: Hub, answer: Answer) -> None:
         reply = hub.read_reply(answer)

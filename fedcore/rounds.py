@@ -49,6 +49,8 @@ class RoundStrategy(HubStrategy):
         hub = session.hub
         if not session.resumed:
             session.open(self.introduces_nodes)
+        else:
+            session.check_limits(hub.round_index)    # a run saved after its last round has nothing left to do
         try:
             while hub.stop_reason is None:
                 session.admit_waiting()

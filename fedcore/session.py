@@ -158,6 +158,8 @@ class Session:
     def check_limits(self, rounds_done: float) -> None:
         """Stop the run once one of its limits is reached."""
         rule, hub = self.hub.options.stop, self.hub
+        if hub.scores.reached(rule.target):
+            hub.stop("target")
         if rule.client_updates is not None and hub.totals["client_updates"] >= rule.client_updates:
             hub.stop("client_updates")
         if rule.rounds is not None and rounds_done >= rule.rounds:
