@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcore.errors import InvalidSetting
-from fedcore.registry import build
+from fedcore.registry import build, check
 
 
 def build_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_outputs: int) -> nn.Module:
@@ -28,6 +28,20 @@ def build_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_ou
     if not isinstance(model, nn.Module):
         raise InvalidSetting("task.model", spec, "a torch.nn.Module", f"It is a {type(model).__name__}.")
     return model
+
+
+def check_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_outputs: int) -> None:
+    """Find out what is wrong with a task's `model` setting, without memory for a model.
+
+    Raises:
+        InvalidSetting: as `build_model`; the shape of a user's own model shows only when it is built.
+    """
+    checked, problems = check("models", spec, "task.model")
+    if problems:
+        raise problems[0]
+    if ":" not in checked["name"]:
+        with torch.device("meta"):
+            build_model(spec, input_shape, num_outputs)
 
 
 class Logistic(nn.Module):

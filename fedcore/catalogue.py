@@ -192,6 +192,7 @@ PROVIDED = {
     "models": ("input_shape", "num_outputs"),
     "optimizers": ("params", "lr"),
     "schedules": ("optimizer", "last_epoch"),
+    "tasks": ("num_clients", "seed"),
 }
 
 # Settings that belong to the place and not to the plug-in's constructor.

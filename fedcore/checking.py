@@ -157,7 +157,7 @@ def _try_out(experiment: Experiment) -> tuple[Any, Any, list[BadInput]]:
     train, simulation = experiment.train, experiment.simulation
     seed, count = experiment.seed, experiment.clients.count
     attempts: dict[str, Callable[[], Any]] = {
-        "task": lambda: registry.build("tasks", experiment.task, "task"),
+        "task": lambda: registry.build("tasks", experiment.task, "task", num_clients=count, seed=seed),
         "strategy": experiment.build_strategy,
         "partition": lambda: registry.build("partitions", experiment.clients.partition, "clients.partition"),
         "device": lambda: registry.load(TRAIN_TRIAL)(device=train.device).torch_device,

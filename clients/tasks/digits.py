@@ -8,12 +8,13 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fedcore.clients.data import Samples
-from fedcore.clients.models import build_model
+from fedcore.clients.models import build_model, check_model
 from fedcore.clients.partitions import Traits
 from fedcore.clients.tasks.classification import Classification
 from fedcore.errors import BadInput
 from fedcore.seeds import numpy_generator
 
+SHAPE = (1, 8, 8)
 CLASSES = 10
 TEST_SHARE = 0.2
 
@@ -28,11 +29,12 @@ class Digits(Classification):
     """
 
     def __init__(self, model: str | dict[str, Any] = "mlp"):
+        check_model(model, SHAPE, CLASSES)
         self._model = model
 
     def model(self) -> nn.Module:
-        """Return a fresh model of images of shape (1, 8, 8)."""
-        return build_model(self._model, (1, 8, 8), CLASSES)
+        """Return a fresh model of one image."""
+        return build_model(self._model, SHAPE, CLASSES)
 
     def training_data(self, site: str | None = None) -> Samples:
         """Return the training examples."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.clients.data import Samples
-from fedcore.clients.models import build_model
+from fedcore.clients.models import build_model, check_model
 from fedcore.clients.partitions import Traits
 from fedcore.clients.tasks.classification import Classification
 from fedcore.clients.tasks.files import UnreadableData, existing, read_npz
@@ -57,6 +57,8 @@ class Images(Classification):
     rescale: Rescale
 
     def __init__(self, path: Path | None = None, model: str | dict[str, Any] = "cnn"):
+        check_model(model, self.shape, CLASSES)
+        existing(path, self.name, self.advice)
         self._path, self._model = path, model
 
     def model(self) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedcore.clients.data import Dataset, Samples
 from fedcore.clients.evaluation import regression_metrics
-from fedcore.clients.models import build_model
+from fedcore.clients.models import build_model, check_model
 from fedcore.clients.partitions import Traits
 from fedcore.clients.tasks.files import UnreadableData, existing, read_text
 from fedcore.errors import InvalidSetting
@@ -24,6 +24,7 @@ NUMBERS = (
 )
 TARGET, PROXIMITY = "median_house_value", "ocean_proximity"
 PROXIMITIES = ("<1H OCEAN", "INLAND", "ISLAND", "NEAR BAY", "NEAR OCEAN")
+NUM_FEATURES = len(NUMBERS) + len(PROXIMITIES)
 MAY_BE_MISSING = ("total_bedrooms",)
 TARGET_UNIT = 100_000.0
 TEST_SHARE = 0.2
@@ -56,11 +57,13 @@ class Housing:
     ):
         if key not in KEYS:
             raise InvalidSetting("key", key, " or ".join(KEYS))
+        check_model(model, (NUM_FEATURES,), 1)
+        existing(path, "housing", ADVICE)
         self._path, self._key, self._model = path, key, model
 
     def model(self) -> nn.Module:
         """Return a fresh model of the 13 features, with one output."""
-        return build_model(self._model, (len(NUMBERS) + len(PROXIMITIES),), 1)
+        return build_model(self._model, (NUM_FEATURES,), 1)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error of a batch."""

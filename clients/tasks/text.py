@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedcore.clients.data import Samples
-from fedcore.clients.models import build_model
+from fedcore.clients.models import build_model, check_model
 from fedcore.clients.partitions import Traits
 from fedcore.clients.tasks.classification import Classification
 from fedcore.clients.tasks.files import UnreadableData, existing, read_text
@@ -45,6 +45,8 @@ class Shakespeare(Classification):
     def __init__(self, path: Path | None = None, length: int = 64, model: str | dict[str, Any] = "lstm"):
         if length < 2:
             raise InvalidSetting("length", length, "at least 2", "80 is usual.")
+        check_model(model, (NUM_TOKENS,), NUM_TOKENS)
+        existing(path, "shakespeare", ADVICE)
         self._path, self._length, self._model = path, length, model
 
     def model(self) -> nn.Module:

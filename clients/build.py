@@ -1,0 +1,52 @@
+"""From an experiment to its task, its training settings, and the client that runs them."""
+from typing import Any
+
+from fedcore.clients.apps import EstimatingApp
+from fedcore.clients.settings import TrainSettings
+from fedcore.clients.task import PartitionedTask, Task
+from fedcore.clients.torch_client import torch_client
+from fedcore.config import Experiment
+from fedcore.errors import InvalidSetting
+from fedcore.registry import build
+
+# Of each client's examples, when clients evaluate and the experiment does not say how much.
+VALIDATION_SHARE = 0.1
+METHODS = ("model", "loss", "data", "validation_data", "metrics")
+
+
+def build_task(experiment: Experiment) -> Task:
+    """Return the task of an experiment.
+
+    A task whose constructor takes `num_clients` or `seed` is given them. One with `training_data` is a pool, and its
+    examples are divided as `clients.partition` says; any other says itself which data each client has. Where clients
+    evaluate, a tenth of their examples is held back from training, unless `clients.validation_share` says otherwise.
+
+    Raises:
+        InvalidSetting: a setting of the task or of the partition is wrong, or the class is no task.
+        MissingData: a data file is not there.
+    """
+    count, seed = experiment.clients.count, experiment.seed
+    built: Any = build("tasks", experiment.task, "task", num_clients=count, seed=seed)
+    task: Any = built
+    if hasattr(built, "training_data"):
+        share = experiment.clients.validation_share
+        if not share and experiment.evaluate.where == "clients":
+            share = VALIDATION_SHARE
+        partitioner = build("partitions", experiment.clients.partition, "clients.partition")
+        task = PartitionedTask(built, partitioner, count, seed, share)
+    missing = [name for name in METHODS if not callable(getattr(task, name, None))]
+    if missing:
+        raise InvalidSetting(
+            "task", experiment.task_name, "a task", f"{type(built).__name__} has no method {missing[0]}()."
+        )
+    return task
+
+
+def train_settings(experiment: Experiment) -> TrainSettings:
+    """Return an experiment's section `train`, checked."""
+    return TrainSettings(**experiment.train.model_dump())
+
+
+def build_client(experiment: Experiment) -> EstimatingApp:
+    """Return the ClientApp of an experiment, for any of its sites."""
+    return torch_client(build_task(experiment), train_settings(experiment))
