@@ -78,7 +78,7 @@ class FedAsync(EventStrategy):
         proximal_mu: float = 0.0,
     ):
         check_number("server_lr", server_lr, above=0, at_most=1,
-                     advice="It is a mixing weight: above 1 the server would extrapolate. The paper's usual value is 0.6.")
+                     advice="It is a mixing weight: above 1 the server would extrapolate. 0.6 is a usual value.")
         check_choice("mixing", mixing, ("model", "delta"), "The published rule is model.")
         check_choice("weights", weights, ("identical", "corrected"))
         if weights == "corrected" and mixing == "model":

@@ -3,6 +3,9 @@
 Source: Nguyen, Malik, Zhan, Yousefpour, Rabbat, Malek, Huba, 2022, "Federated Learning with Buffered Asynchronous
 Aggregation", arXiv:2106.06639, Algorithm 1. The sum runs in the order of arrival: the algorithm itself is about
 arrival, and the server needs the memory of one update, whatever K is.
+
+Clients that answer at the same moment are all taken in before any of them gets new work (a server step in between
+hands it out at once). Equal clients then stay together, and K = all of them is federated averaging.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +21,9 @@ from fedcore.strategies.buffers import add_buffers, settle_buffers
 from fedcore.strategies.settings import check_count, check_number, check_switch
 from fedcore.strategies.staleness import Staleness
 from fedcore.tasks import Failure, Node, Reply
+
+# Those who wait for work get it when everything that happens at this moment has happened: timers come last.
+MOMENT = "moment"
 
 # So many random draws among all nodes before the idle ones are listed: with few at work the first draw nearly always
 # hits an idle node, and a list of a hundred thousand is not made for every reply.
@@ -99,7 +105,7 @@ class FedBuff(EventStrategy):
         self.buffer = Buffer()
         self.used: list[dict[str, Any]] = []    # receipts of what is in the buffer
         self.training: set[int] = set()         # partitions at work
-        self.waiting: set[int] = set()          # partitions that answered and wait for the server step (`wait`)
+        self.waiting: set[int] = set()          # partitions that answered, and have no new work yet
         self.applied = self.dropped = self.draws = 0
 
     # ---- who trains ---------------------------------------------------------------------------------------------
@@ -156,15 +162,17 @@ class FedBuff(EventStrategy):
             return
         self.buffer = add(self.buffer, reply.update, self.staleness(reply.staleness), reply.buffers)
         self.used.append(receipt(reply))
+        self.waiting.add(reply.node.partition)
         if self.buffer.count == self.buffer_size:
             self._step(hub)
-        if not self.wait:
-            self._fill_place(hub, reply.node)
-            return
-        self.waiting.add(reply.node.partition)
-        if self.buffer.count == 0:
             self._release(hub)
-        self._release_if_alone(hub)
+        elif self.wait:
+            self._release_if_alone(hub)
+        else:
+            hub.set_timer(MOMENT, hub.now)
+
+    def on_timer(self, hub: Hub, name: str) -> None:
+        self._release(hub)
 
     def _step(self, hub: Hub) -> None:
         buffer, used = self.buffer, [hub.restore_reply(state) for state in self.used]
@@ -183,7 +191,7 @@ class FedBuff(EventStrategy):
             self._fill_place(hub, node)
 
     def _release_if_alone(self, hub: Hub) -> None:
-        if self.waiting and not self.training:
+        if self.wait and not self.training:
             self._release(hub)    # nobody is left whom they could wait for
 
     def on_failure(self, hub: Hub, failure: Failure) -> None:

@@ -22,7 +22,7 @@ from fedcore.events import MAX_FAILURES_IN_A_ROW, EventStrategy
 from fedcore.hub import Hub
 from fedcore.strategies.buffers import blend_buffers
 from fedcore.strategies.settings import check_choice, check_count, check_number
-from fedcore.tasks import Failure, Node, Reply
+from fedcore.tasks import NODE_GONE, Failure, Node, Reply
 
 GUARD = 1e-9             # relative; see the departures above
 AUTO_SHARE = 0.5         # `interval_s: auto` is this share of the slowest first task
@@ -68,6 +68,11 @@ def tick_at(now_s: float, origin_s: float, interval_s: float) -> float:
 def next_tick(now_s: float, origin_s: float, interval_s: float, last_tick: int) -> int:
     """Return the first tick that is neither before `now_s` nor done already."""
     return max(last_tick + 1, math.ceil(tick_at(now_s, origin_s, interval_s) - GUARD))
+
+
+def due_tick(now_s: float, origin_s: float, interval_s: float, last_tick: int) -> int:
+    """Return the tick that a server step at `now_s` is: one that comes whole periods late counts those it missed."""
+    return max(last_tick + 1, math.floor(tick_at(now_s, origin_s, interval_s) + GUARD))
 
 
 def measured(pace: Pace, tick: int) -> Pace:
@@ -130,7 +135,7 @@ class FedFix(EventStrategy):
         check_choice("weights", weights, ("corrected", "identical"))
         _check_importance(importance)
         for partition, time_s in enumerate(task_times_s or []):
-            check_number(f"task_times_s[{partition}]", time_s, above=0, advice="It is the time of one task, in seconds.")
+            check_number(f"task_times_s[{partition}]", time_s, above=0, advice="It is one task's time in seconds.")
         if task_times_s is not None and not task_times_s:
             raise InvalidSetting("task_times_s", task_times_s, "one time per client", "null measures them.")
         check_number("max_weight_ratio", max_weight_ratio, at_least=1, advice="Its only effect is a warning.")
@@ -187,13 +192,14 @@ class FedFix(EventStrategy):
             self._on_tick(hub, self.interval_s)
 
     def _on_tick(self, hub: Hub, interval_s: float) -> None:
-        # A server that is late by whole periods has missed ticks; they count.
-        tick = max(self.tick + 1, math.floor(tick_at(hub.now, self.origin_s, interval_s) + GUARD))
+        self._count_tick(due_tick(hub.now, self.origin_s, interval_s, self.tick))
+        self._hand_out_to(hub, self._aggregate(hub))
+        self._drop_silent(hub)
+
+    def _count_tick(self, tick: int) -> None:
         self.tick = tick
         for partition in self.inbox:
             self.paces[partition] = measured(self.paces[partition], tick)
-        self._aggregate(hub)
-        self._drop_silent(hub)
 
     # ---- the first round, where the interval is measured --------------------------------------------------------
 
@@ -222,12 +228,12 @@ class FedFix(EventStrategy):
                 self.paces[partition] = Pace(0, 1, ticks_of(times_s[partition], interval_s))
         self.interval_s, self.origin_s = interval_s, hub.now
         hub.log(interval_s=interval_s, answered=len(times_s))
-        self._aggregate(hub, first=True)
+        self._hand_out_to(hub, self._aggregate(hub, first=True))
 
     # ---- the server step ----------------------------------------------------------------------------------------
 
-    def _aggregate(self, hub: Hub, first: bool = False) -> None:
-        """w <- w + eta sum d_i D_i over the inbox in partition order; then send the new w to those clients only."""
+    def _aggregate(self, hub: Hub, first: bool = False) -> list[int]:
+        """w <- w + eta sum d_i D_i over the inbox in partition order; returns whose updates were used."""
         replies = [hub.restore_reply(self.inbox[partition]) for partition in sorted(self.inbox)]
         share = self._shares(hub)
         partitions = [reply.node.partition for reply in replies]
@@ -236,12 +242,24 @@ class FedFix(EventStrategy):
         buffers = blend_buffers(hub.model.buffers, [reply.buffers for reply in replies], weights)
         self.inbox = {}
         hub.publish(params, replies, buffers, [self.server_lr * weight for weight in weights], tick=self.tick)
+        self._check_interval(hub, share)
+        return partitions
+
+    def _hand_out_to(self, hub: Hub, partitions: list[int]) -> None:
+        """Send the new model to those whose updates made it; the others go on with what they have."""
         here = {node.partition: node for node in hub.nodes}
         for partition in partitions:
             self.paces[partition] = replace(self.paces[partition], sent_tick=self.tick)
             if partition in here:
                 self.hand_out(hub, here[partition])
-        self._check_interval(hub, share)
+
+    def on_stop(self, hub: Hub) -> None:
+        """Bring the last tick forward where the run ends by a number of updates, all of which then count."""
+        if self.inbox and hub.stop_reason in ("rounds", "client_updates"):
+            if self.interval_s is not None:
+                self._count_tick(next_tick(hub.now, self.origin_s, self.interval_s, self.tick))
+            self._aggregate(hub, first=self.interval_s is None)
+        hub.log(ticks=self.tick, discarded=len(self.inbox))
 
     def _shares(self, hub: Hub) -> dict[int, float]:
         """Return p_i of those who are here or whose last update still waits."""
@@ -286,7 +304,8 @@ class FedFix(EventStrategy):
         """Repeat the work. The task's ticks go on counting from its first attempt: that is the client's real pace."""
         super().on_failure(hub, failure)
         if hub.failures_in_a_row.get(failure.node.partition, 0) >= MAX_FAILURES_IN_A_ROW:
-            self._set_absent(hub, failure.node.partition, True, "failed again and again")
+            why = "is out of reach" if failure.code == NODE_GONE else "failed again and again"
+            self._set_absent(hub, failure.node.partition, True, why)
 
     def _drop_silent(self, hub: Hub) -> None:
         known = [ticks for partition in self.paces if (ticks := self._ticks(partition)) is not None]
