@@ -137,7 +137,8 @@ class Run:
         try:
             content = yaml.safe_load(_text_of(path))
         except yaml.YAMLError as error:
-            raise DamagedRun(path, f"it is not YAML ({_first_line(error)})") from error
+            mark = getattr(error, "problem_mark", None)
+            raise DamagedRun(path, "it is not YAML" + (f" (line {mark.line + 1})" if mark else "")) from error
         if not isinstance(content, dict):
             raise DamagedRun(path, "it holds no settings")
         return content
@@ -186,9 +187,8 @@ class Run:
             for row in self.rows("evaluate"):
                 at = _position(row, over) if metric in row else None
                 if at is not None:
-                    value = number(row[metric])     # the recorder writes NaN and infinities as null
                     times.append(at)
-                    values.append(math.nan if value is None else value)
+                    values.append(_measured(row, metric))
             self._curves[metric, over] = times, values
         times, values = self._curves[metric, over]
         return list(times), list(values)
@@ -225,7 +225,7 @@ class Run:
         summary["best_accuracy"] = best_of("accuracy", self.curve("accuracy")[1])
         target = target_of(self.config)
         summary["time_to_target_s"] = next((row.get("time_s") for row in self.rows("evaluate") if target and all(
-            reaches(metric, finite(row.get(metric)) or math.nan, value) for metric, value in target.items())), None)
+            reaches(metric, _measured(row, metric), value) for metric, value in target.items())), None)
         summary["failures"] = len(self.rows("failure"))
         summary["refused"] = len(self.rows("refused"))
         return summary
@@ -244,6 +244,11 @@ def target_of(config: Row) -> dict[str, float]:
     if not isinstance(target, dict):
         return {}
     return {str(metric): float(value) for metric, value in target.items() if finite(value) is not None}
+
+
+def _measured(row: Row, metric: str) -> float:
+    value = number(row.get(metric))     # the recorder writes NaN and infinities as null
+    return math.nan if value is None else value
 
 
 def _position(row: Row, over: str) -> float | None:
