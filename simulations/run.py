@@ -13,7 +13,7 @@ import psutil
 import torch
 import yaml
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from fedcore.checkpoint import Checkpoints
 from fedcore.clients.build import build_task, train_settings
@@ -98,7 +98,7 @@ def simulate(
     else:
         settings = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
         folder = new_folder(out, settings)
-    with one_torch_thread():
+    with one_torch_thread(), quiet_flower():
         return _Simulation(settings, folder, workers, on_row).run(resuming=resume is not None)
 
 
@@ -116,7 +116,9 @@ def new_folder(out: str | Path | None, settings: Experiment) -> Path:
     else:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise BadInput(f"{folder} exists and is not empty. Choose another --out, or continue it with --resume {folder}.")
+            raise BadInput(
+                f"{folder} exists and is not empty. Choose another --out, or continue it with --resume {folder}."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,6 +135,18 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Let Flower print its warnings only: what it says about each round is in the metrics."""
+    flower = logging.getLogger("flwr")
+    before = flower.level
+    flower.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        flower.setLevel(before)
 
 
 class _Interrupt:
@@ -175,7 +189,7 @@ class _Simulation:
         self.hub = Hub(self.grid, self.model, self._options(), self.recorder)
 
     def _initial_model(self) -> Model:
-        model = initial_model(self.task, train_settings(self.settings), self.settings.seed)
+        model = initial_model(self.task, self.settings.seed, train_settings(self.settings).torch_dtype)
         path = self.settings.initial_model
         return model if path is None else Model.load(path, model.layout)
 
@@ -184,10 +198,10 @@ class _Simulation:
         make_app = ExperimentApp(self.settings)
         return VirtualGrid(
             make_app if self.workers else self.app, count, seed=seed,
-            devices=Devices.from_settings(simulation.devices, seed, count),
-            network=Network.from_settings(simulation.network, seed, count),
+            devices=Devices.from_settings(simulation.devices.model_dump(), seed, count),
+            network=Network.from_settings(simulation.network.model_dump(), seed, count),
             availability=Availability.from_settings(simulation.availability, seed, count),
-            failures=Failures.from_settings(simulation.failures, seed, count),
+            failures=Failures.from_settings(simulation.failures.model_dump(), seed, count),
             workers=self.workers, run_config={"seed": seed},
         )
 
@@ -218,7 +232,8 @@ class _Simulation:
                         logger.warning("%s Using the checkpoint before it.", problem)
                     self.hub.stop_reason = None
                 else:
-                    write_atomically(self.folder / CONFIG_FILE, yaml.safe_dump(self.settings.resolved(), sort_keys=False))
+                    config = yaml.safe_dump(self.settings.resolved(), sort_keys=False)
+                    write_atomically(self.folder / CONFIG_FILE, config)
                 self._write_clients()
                 session.check_limits(self.hub.round_index)
                 self.strategy.drive(session)
@@ -245,8 +260,8 @@ class _Simulation:
         latest = dict(scores.latest)
         summary = {
             "strategy": self.settings.strategy_name, "task": self.settings.task_name, "seed": self.settings.seed,
-            "engine": "virtual", "stop_reason": hub.stop_reason or "error", "time_s": hub.now, "wall_s": round(wall_s, 3),
-            "versions": hub.version, "rounds": hub.round_index or None, **hub.totals,
+            "engine": "virtual", "stop_reason": hub.stop_reason or "error",
+            "time_s": hub.now, "wall_s": round(wall_s, 3), "versions": hub.version, "rounds": hub.round_index or None, **hub.totals,
             "final_loss": latest.pop("loss", None), "final_accuracy": latest.pop("accuracy", None),
             "best_accuracy": scores.best_accuracy, "time_to_target_s": scores.time_to_target_s,
             "target": dict(hub.options.stop.target) or None, "num_params": hub.model.layout.num_params, **hub.counts,
@@ -261,6 +276,13 @@ def driver(settings: Experiment) -> HubStrategy:
     if isinstance(strategy, HubStrategy):
         return strategy
     assert isinstance(strategy, Strategy)
+    given = settings.strategy if isinstance(settings.strategy, dict) else {}
+    inner = strategy
+    while inner is not None:
+        # The experiment says who evaluates (`evaluate`); Flower's own federated evaluation runs only when asked for.
+        if hasattr(inner, "fraction_evaluate") and "fraction_evaluate" not in given:
+            inner.fraction_evaluate, inner.min_evaluate_nodes = 0.0, 0  # type: ignore[attr-defined]
+        inner = getattr(inner, "strategy", None)
     return FlowerRounds(strategy)
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -85,19 +86,22 @@ class WorkerPool:
 
     def _serve(self, link: Connection) -> None:
         """Hand one worker its tasks, earliest first, until the pool closes."""
+        problem: str | None = ""    # until the worker says that it could build the app
         while True:
             _, _, job, future = self._jobs.get()
             if future is None:
                 link.close()
                 return
             try:
-                send(link, job)
-                future.set_result(receive(link))
+                problem = receive(link) if problem == "" else problem
+                if problem is None:
+                    send(link, job)
+                    future.set_result(receive(link))
+                    continue
             except (EOFError, OSError) as error:
-                future.set_exception(WorkerDied(
-                    f"A worker process ended while computing a client's task ({type(error).__name__}). It may have "
-                    "run out of memory; the run can be resumed with --resume."
-                ))
+                kind = type(error).__name__
+                problem = f"it ended while computing a client's task ({kind}); perhaps it ran out of memory"
+            future.set_exception(WorkerDied(f"A worker process is of no use: {problem}"))
 
     def submit(self, job: tuple[Any, ...], wanted_at: float) -> "Future[Any]":
         """Compute a task `(message, info, state)`; those wanted earlier are computed first."""
@@ -143,7 +147,12 @@ def serve(link: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends the run cleanly
     torch.set_num_threads(1)
     adopt_identity()
-    app = pickle.loads(receive(link))()
+    try:
+        app = pickle.loads(receive(link))()
+    except (Exception, SystemExit):  # whatever the user's code raises, the parent shows it
+        send(link, f"the ClientApp could not be built there:\n{traceback.format_exc()}")
+        return
+    send(link, None)
     while True:
         try:
             message, info, state = receive(link)
