@@ -141,9 +141,9 @@ def test_json_traces_that_are_no_list_of_numbers_are_refused(tmp_path, text):
         lambda: Constant(-1), lambda: Constant(math.inf), lambda: Constant("fast"), lambda: Constant(True),
         lambda: Uniform(2, 1), lambda: Uniform(-1, 1), lambda: Uniform(0, 0),
         lambda: Normal(0, std=1), lambda: Normal(1), lambda: Normal(1, std=1, relative_std=1),
-        lambda: Normal(1, std=-1), lambda: Normal(math.nan, std=1), lambda: LogNormal(-1, std=1), lambda: LogNormal(1, relative_std=-0.1),
-        lambda: Exponential(0), lambda: Exponential(1, minimum=-1), lambda: Trace(), lambda: Trace([1.0], path="x"),
-        lambda: Trace([]), lambda: Trace([1.0, -1.0]),
+        lambda: Normal(1, std=-1), lambda: Normal(math.nan, std=1), lambda: LogNormal(-1, std=1),
+        lambda: LogNormal(1, relative_std=-0.1), lambda: Exponential(0), lambda: Exponential(1, minimum=-1),
+        lambda: Trace(), lambda: Trace([1.0], path="x"), lambda: Trace([]), lambda: Trace([1.0, -1.0]),
     ],
 )
 def test_settings_out_of_range_are_refused(build):
