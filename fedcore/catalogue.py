@@ -22,7 +22,7 @@ class Entry(NamedTuple):
 
 
 _FLOWER = "flwr.serverapp.strategy"
-_FLOWER_KIND = "rounds (Flower's)"
+_FLOWER_KIND = "rounds, from Flower"
 _DP = f"{_FLOWER}:DifferentialPrivacy"
 
 STRATEGIES = {

@@ -104,8 +104,8 @@ def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy
         found.append(f"round.deadline_s and round.min_replies_share have no effect: {name} has no rounds to wait for.")
     if "partition" in _keys(given, "clients") and task is not None and not hasattr(task, "training_data"):
         partition = name_of(experiment.clients.partition)
-        found.append(f"clients.partition: {partition} has no effect: the task {experiment.task_name} says itself who has "
-                     "what.")
+        found.append(f"clients.partition: {partition} has no effect: the task {experiment.task_name} says itself who "
+                     "has what.")
     if experiment.evaluate.where == "none":
         found.append("Nobody evaluates the model (evaluate.where: none), so the report will show no accuracy.")
     if (size := getattr(strategy, "buffer_size", None)) is not None and size > experiment.clients.count:

@@ -11,6 +11,10 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE - 4]} ..."
 
 
+def _joined(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
 class FedcoreError(Exception):
     """Base of every error that fedcore raises on purpose."""
 
@@ -42,14 +46,14 @@ class UnknownSetting(InvalidSetting):
     """A setting that does not exist; `allowed` says which do."""
 
     def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
-        return f"{name}={shown(value)}, but there is no such setting. {advice} Allowed: {allowed}."
+        return _joined(f"{name}={shown(value)}, but there is no such setting.", advice, f"Allowed: {allowed}.")
 
 
 class UnknownName(InvalidSetting):
     """A name that nothing has; `allowed` says which exist."""
 
     def _sentence(self, name: str, value: object, allowed: str, advice: str) -> str:
-        return f"{name}={shown(value)}, but nothing has that name. {advice} Allowed: {allowed}."
+        return _joined(f"{name}={shown(value)}, but nothing has that name.", advice, f"Allowed: {allowed}.")
 
 
 class BrokenPlugin(BadInput):

@@ -14,12 +14,15 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from fedcore.catalogue import BESIDES, CATALOGUE, EXPECTED, PATHS, PROVIDED
 from fedcore.errors import (
@@ -176,14 +179,23 @@ def signature(kind: str, factory: Callable[..., Any]) -> Signature:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name.startswith("_"):
             continue
         argument = Argument(parameter.name, hints.get(parameter.name, Any), parameter.default)
-        if parameter.name not in PROVIDED.get(kind, ()) and not _is_callable(argument):
+        if parameter.name not in PROVIDED.get(kind, ()) and _fits_a_file(argument.annotation):
             settings[parameter.name] = argument
     return Signature(settings, frozenset(parameters), open_ended)
 
 
-def _is_callable(argument: Argument) -> bool:
-    given = [part for part in members(argument.annotation) if part is not type(None)]
-    return bool(given) and all(part is Callable or typing.get_origin(part) is Callable for part in given)
+def _fits_a_file(annotation: Any) -> bool:
+    """Say whether a file can hold such a value: a function or an object of some class it cannot."""
+    given = [part for part in members(annotation) if part is not type(None)]
+    return not given or any(_is_plain(part) or _is_strategy(part) for part in given)
+
+
+def _is_plain(part: Any) -> bool:
+    origin = typing.get_origin(part) or part
+    if origin is Callable:
+        return False
+    plain = (int, float, complex, str, bytes, bool, Path, Enum, Mapping, Sequence, Set, BaseModel)
+    return not isinstance(origin, type) or origin is object or issubclass(origin, plain) or is_dataclass(origin)
 
 
 def split_spec(kind: str, spec: Any, path: str) -> tuple[str, Spec]:

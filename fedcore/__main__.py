@@ -1,0 +1,4 @@
+"""`python -m fedcore` is the command `fedcore`."""
+from fedcore.cli import main
+
+main()

@@ -1,0 +1,245 @@
+"""The command `fedcore`. Everything it does is a Python call too; heavy imports wait until a command needs them.
+
+Exit status: 0 done, 1 failed, 2 bad input, 3 stopped without reaching a demanded target, 130 interrupted.
+"""
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from fedcore import __version__
+from fedcore.errors import BadInput, FedcoreError
+
+FAILED, BAD_INPUT, TARGET_MISSED, INTERRUPTED = 1, 2, 3, 130
+ERROR_LOG = "error.log"
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are a message and an exit status, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            self._fail(error, BAD_INPUT)
+        except FedcoreError as error:
+            self._fail(error, FAILED)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:      # a defect, ours or of the user's own classes: the traceback goes to a file
+            self._report_defect(error, Path(ctx.meta.get("fedcore.folder", ".")))
+
+    @staticmethod
+    def _fail(error: FedcoreError, status: int) -> None:
+        from fedcore.terminal import one_screen, show_error
+
+        show_error(one_screen(error))
+        raise typer.Exit(status) from None
+
+    @staticmethod
+    def _report_defect(error: Exception, folder: Path) -> None:
+        import traceback
+
+        from fedcore.terminal import show_error
+
+        log = folder / ERROR_LOG
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        last = (str(error).strip().splitlines() or ["no message"])[-1]
+        show_error(f"{type(error).__name__}: {last[:400]}\nThe full traceback is in {log}.")
+        raise typer.Exit(FAILED) from None
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Begin with [bold]fedcore simulate examples/quickstart/experiment.yaml[/]; "
+           "[bold]fedcore COMMAND --help[/] explains each command.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY=VALUE", help="Change a setting of the file, e.g. [bold]train.lr=0.1[/]; may be repeated."
+)]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, a YAML file.", show_default=False)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    )] = False,
+) -> None:
+    """Federated training on Flower: one algorithm, written once, runs simulated, deployed and peer to peer."""
+
+
+SIMULATE_EXAMPLES = """[bold]Examples[/]
+
+fedcore simulate experiment.yaml
+
+fedcore simulate experiment.yaml --set strategy=fedavg --set seed=1 --out runs/fedavg
+
+fedcore simulate --resume runs/fedavg
+
+fedcore simulate --flower-app my_app
+"""
+
+
+@app.command(epilog=SIMULATE_EXAMPLES)
+def simulate(
+    ctx: typer.Context,
+    file: Annotated[Path | None, typer.Argument(
+        metavar="FILE", help="The experiment, a YAML file.", show_default=False
+    )] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Folder for the results; new or empty. Without it, a new one below runs/."
+    )] = None,
+    workers: Annotated[int, typer.Option(
+        min=0, metavar="N", help="Processes that compute clients' work besides this one; results are the same."
+    )] = 0,
+    resume: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Continue the run in this folder, to the same result as a run that never stopped."
+    )] = None,
+    flower_app: Annotated[Path | None, typer.Option(
+        metavar="DIR", help="Run this unmodified Flower app; FILE may give devices and network."
+    )] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what fedcore and Flower log.")] = False,
+) -> None:
+    """Run a federation in virtual time, and write metrics, timeline, model and report into a folder.
+
+    Exit status: 0 done, 1 failed, 2 bad input, 3 stopped without reaching a demanded target, 130 interrupted.
+    """
+    from fedcore.terminal import show_logs
+
+    show_logs(verbose)
+    if flower_app is not None:
+        if resume is not None:
+            raise typer.BadParameter("a Flower app's run cannot be resumed", param_hint="--resume")
+        from fedcore.commands import run_flower_app
+
+        raise typer.Exit(run_flower_app(flower_app, file, overrides or (), out, workers, ctx.meta))
+    if resume is None and file is None:
+        raise typer.BadParameter("name an experiment file, or a run with --resume DIR", param_hint="FILE")
+    if resume is not None and (file is not None or out is not None):
+        raise typer.BadParameter("the folder has its own experiment: leave out FILE and --out", param_hint="--resume")
+    from fedcore.commands import run_experiment
+
+    raise typer.Exit(run_experiment(file, overrides or (), out, workers, resume, ctx.meta))
+
+
+LIST_EXAMPLES = """[bold]Examples[/]
+
+fedcore list
+
+fedcore list strategies
+
+fedcore list strategies fedbuff
+"""
+
+
+@app.command(name="list", epilog=LIST_EXAMPLES)
+def list_plugins(
+    kind: Annotated[str | None, typer.Argument(
+        metavar="KIND", help="strategies, tasks, partitions, models, ...; without it, all kinds.", show_default=False
+    )] = None,
+    name: Annotated[str | None, typer.Argument(
+        metavar="NAME", help="One of them, with all its settings.", show_default=False
+    )] = None,
+) -> None:
+    """List what can be named in an experiment file, or all settings of one NAME."""
+    from fedcore.listing import show_kind, show_kinds, show_plugin
+    from fedcore.terminal import make_console
+
+    console = make_console()
+    if kind is None:
+        show_kinds(console)
+    elif name is None:
+        show_kind(console, kind)
+    else:
+        show_plugin(console, kind, name)
+
+
+CHECK_EXAMPLES = """[bold]Examples[/]
+
+fedcore check experiment.yaml
+
+fedcore check experiment.yaml --set clients.count=100
+"""
+
+
+@app.command(epilog=CHECK_EXAMPLES)
+def check(file: FileArgument, overrides: Overrides = None) -> None:
+    """Check an experiment without running it, and show all its settings, its model and who has how much data."""
+    from fedcore.commands import check_experiment_file
+    from fedcore.terminal import show_logs
+
+    show_logs(verbose=False)
+    check_experiment_file(file, overrides or ())
+
+
+COMPARE_EXAMPLES = """[bold]Examples[/]
+
+fedcore compare runs/fedavg runs/fedcompass
+
+fedcore compare runs/* --target accuracy=0.95 --out comparison.html
+"""
+
+
+@app.command(epilog=COMPARE_EXAMPLES)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("compare.html"),
+    target: Annotated[str | None, typer.Option(
+        metavar="METRIC=VALUE", help="What the runs are timed to, e.g. [bold]accuracy=0.9[/]."
+    )] = None,
+) -> None:
+    """Print what each run needed to reach a target, and write a page that overlays the runs."""
+    from fedcore.commands import compare_runs
+
+    compare_runs(runs, out, target)
+
+
+@app.command(epilog="[bold]Example[/]\n\nfedcore report runs/digits-fedavg-seed0-1")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+) -> None:
+    """Write report.html again, into each run's folder; a run that was killed gets one too."""
+    from fedcore.report import write_report
+
+    for folder in runs:
+        typer.echo(write_report(folder))
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """End quietly when whoever reads our output has left (`fedcore list strategies | head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(FAILED) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    # Both would wait for a network that a simulation does not need.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    with _quiet_pipe():
+        app(prog_name="fedcore")
