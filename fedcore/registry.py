@@ -194,6 +194,8 @@ def _is_plain(part: Any) -> bool:
     origin = typing.get_origin(part) or part
     if origin is Callable:
         return False
+    if origin is Any:       # a class since Python 3.11; what has no annotation may be anything
+        return True
     plain = (int, float, complex, str, bytes, bool, Path, Enum, Mapping, Sequence, Set, BaseModel)
     return not isinstance(origin, type) or origin is object or issubclass(origin, plain) or is_dataclass(origin)
 
