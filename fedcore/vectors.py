@@ -67,8 +67,8 @@ class Layout:
         """Read the layout off a module.
 
         Raises:
-            UnsupportedModel: nothing is trainable, a parameter has two names, or the trainable parameters are not
-                all float32 or all float64.
+            UnsupportedModel: nothing is trainable, a parameter has two names, the trainable parameters are not all
+                float32 or all float64, or an entry of the state dict is none that NumPy can hold.
         """
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         shared = {name for name, _ in module.named_parameters(remove_duplicate=False)} - {
@@ -80,6 +80,8 @@ class Layout:
                 "Give each its own values: tied weights have no place of their own in a flat vector."
             )
         state = module.state_dict()
+        for name, tensor in state.items():
+            _require_array(name, tensor)
         params = tuple(TensorSpec.of(name, tensor) for name, tensor in state.items() if name in trainable)
         buffers = tuple(TensorSpec.of(name, tensor) for name, tensor in state.items() if name not in trainable)
         if not params:
@@ -135,6 +137,19 @@ class Layout:
         return Model(params, {spec.name: state[spec.name].detach().clone() for spec in self.buffers}, self)
 
 
+def _require_array(name: str, value: object) -> None:
+    """Raise `UnsupportedModel` unless an entry of a state dict is a tensor that can travel as a NumPy array."""
+    if not isinstance(value, Tensor):
+        raise UnsupportedModel(f"The state dict's {name!r} is a {type(value).__name__}, and only tensors can be sent.")
+    try:
+        torch.empty(0, dtype=value.dtype).numpy()
+    except TypeError as error:
+        raise UnsupportedModel(
+            f"The state dict's {name!r} is {str(value.dtype).removeprefix('torch.')}, which NumPy does not know. "
+            "Use float32, or another type that both have."
+        ) from error
+
+
 def check_names(found: Mapping[str, object], expected: tuple[str, ...]) -> None:
     """Raise `MalformedReply` unless a mapping has exactly the expected names."""
     if found.keys() == set(expected):
@@ -170,9 +185,17 @@ class Model:
         return Layout.of(module).split(module.state_dict())
 
     def replace(self, params: Tensor | None = None, buffers: Mapping[str, Tensor] | None = None) -> "Model":
-        """Return the model with other parameters, other buffers, or both."""
+        """Return the model with other parameters, other buffers, or both.
+
+        Raises:
+            UnsupportedModel: the parameters have another shape or dtype, or a buffer's name is unknown.
+        """
         params = self.params if params is None else params
-        assert params.shape == self.params.shape and params.dtype == self.params.dtype
+        if params.shape != self.params.shape or params.dtype != self.params.dtype:
+            found, needed = TensorSpec.of("params", params), TensorSpec.of("params", self.params)
+            raise UnsupportedModel(f"New parameters do not fit the model: {mismatch(needed, found.shape, found.dtype)}.")
+        if buffers is not None and (unknown := buffers.keys() - self.buffers.keys()):
+            raise UnsupportedModel(f"The model has no buffers called {', '.join(map(repr, sorted(unknown)))}.")
         return Model(params, self.buffers if buffers is None else {**self.buffers, **buffers}, self.layout)
 
     def state_dict(self) -> dict[str, Tensor]:
