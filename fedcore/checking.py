@@ -3,7 +3,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -16,6 +16,7 @@ from fedcore.overrides import apply_overrides
 from fedcore.schema import convert, describe, nearest
 from fedcore.yaml_file import read_mapping
 
+Found = TypeVar("Found", bound=Section)
 DEFAULT_ROUNDS = 30
 DEFAULT_LOCAL_STEPS = 10
 
@@ -179,3 +180,29 @@ def _try_out(experiment: Experiment) -> tuple[Any, Any, list[BadInput]]:
 
 def _try_section(target: str, settings: Any, seed: int, count: int) -> None:
     registry.load(target).from_settings(settings, seed, count)
+
+
+def check_settings(
+    section: type[Found], settings: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+) -> Found:
+    """Return a section of its own: what a file holds that is no whole experiment.
+
+    Args:
+        settings: a YAML file, the mapping that one would hold, or None for the defaults.
+        overrides: `key.path=value`, each on top of the file.
+
+    Raises:
+        UnreadableFile: the file is missing, or is not YAML.
+        BadExperiment: something in it is wrong; all of it is listed.
+    """
+    folder: Path | None = None
+    source, given = "The settings", dict(settings) if isinstance(settings, Mapping) else {}
+    if isinstance(settings, (str, Path)):
+        path = Path(settings)
+        source, given, folder = str(path), read_mapping(path), path.absolute().parent
+    given, problems = apply_overrides(given, overrides)
+    reader = _Reader(folder)
+    values = reader.section(section, given, "")
+    if problems := problems + reader.problems:
+        raise BadExperiment(source, problems)
+    return section(**values)

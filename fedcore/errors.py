@@ -94,6 +94,14 @@ class UnusableCheckpoint(BadInput):
     """A checkpoint that is absent, damaged, or belongs to another experiment."""
 
 
+class UnusableApp(BadInput):
+    """A folder that holds no Flower app, or one that cannot be loaded."""
+
+
+class AppFailed(FedcoreError):
+    """A Flower app whose own code raised an exception."""
+
+
 class MalformedReply(FedcoreError):
     """A client's reply that must not touch the model; `reason` says what is wrong with it."""
 

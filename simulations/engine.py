@@ -1,6 +1,6 @@
 """The discrete-event engine: nodes that do one task after another, links, and what goes wrong."""
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Engine:
         self.availability, self.failures = availability, failures
         self.app = app if isinstance(app, ClientApp) else app()
         self.pool = WorkerPool(app, workers) if workers else None
-        self.run_config = dict(run_config or {"seed": seed})
+        self.run_config = dict({"seed": seed} if run_config is None else run_config)
         self.now = 0.0
         self.heap = EventHeap()
         self.offline: set[int] = set()
@@ -81,6 +81,8 @@ class Engine:
         self._lanes: dict[int, Lane] = {}
         self._unsettled: list[SimTask] = []            # whose duration is known only once they are computed
         self._times: dict[str, SimTask] = {}
+        # Told of every task that ends, how, and whether anybody still wanted its reply.
+        self.on_end: Callable[[SimTask, RecordDict | Error, bool], None] | None = None
         self._link_free = {"down": 0.0, "up": 0.0}
         if availability is not None:
             for partition in range(num_nodes):
@@ -114,11 +116,7 @@ class Engine:
     def task_times(self, message_id: str | None) -> dict[str, float] | None:
         """Return how long the parts of a task took, once, after its reply was handed out."""
         task = self._times.pop(message_id or "", None)
-        if task is None or task.arrives_at is None:
-            return None
-        queue_s = max(0.0, task.started_at - task.pushed_at - task.download_s)
-        return {"download_s": task.download_s, "queue_s": queue_s, "compute_s": task.compute_s,
-                "upload_s": task.upload_s}
+        return None if task is None else task.times()
 
     def close(self) -> None:
         """End the worker processes."""
@@ -299,7 +297,10 @@ class Engine:
             return None    # it had expired
         if task.expiry is not None:
             self.heap.cancel(task.expiry)
-        if task.id in self.forgotten:
+        wanted = task.id not in self.forgotten
+        if self.on_end is not None:
+            self.on_end(task, outcome, wanted)
+        if not wanted:
             self.forgotten.discard(task.id)
             return None
         if isinstance(outcome, RecordDict):

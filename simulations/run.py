@@ -103,14 +103,19 @@ def simulate(
 
 
 def new_folder(out: str | Path | None, settings: Experiment) -> Path:
-    """Return the folder of a new run, and make it.
+    """Return the folder of a new run of an experiment, and make it; see `make_folder`."""
+    task, strategy = (name.rsplit(":", 1)[-1] for name in (settings.task_name, settings.strategy_name))
+    return make_folder(out, f"{task}-{strategy}-seed{settings.seed}")
+
+
+def make_folder(out: str | Path | None, stem: str) -> Path:
+    """Make the folder of a new run; without `out`, the first `runs/STEM-NUMBER` that is free.
 
     Raises:
         BadInput: it holds something already, or cannot be made.
     """
     if out is None:
-        strategy = settings.strategy_name.rsplit(":", 1)[-1]
-        stem, number = f"{settings.task_name.rsplit(':', 1)[-1]}-{strategy}-seed{settings.seed}", 1
+        number = 1
         while (folder := Path("runs") / f"{stem}-{number}").exists():
             number += 1
     else:

@@ -39,6 +39,14 @@ class SimTask:
     entry: Entry | None = None
     expiry: Entry | None = None
 
+    def times(self) -> dict[str, float] | None:
+        """Return how long the task's parts took, seconds; None when it was lost with its message or its node."""
+        if self.arrives_at is None or self.fate == "gone":
+            return None
+        queue_s = max(0.0, self.started_at - self.pushed_at - self.download_s)
+        return {"download_s": self.download_s, "queue_s": queue_s, "compute_s": self.compute_s,
+                "upload_s": self.upload_s}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: the request and the plan. What was computed already is computed again."""
         metadata = self.message.metadata
