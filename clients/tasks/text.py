@@ -23,6 +23,9 @@ ADVICE = (
 # and one token for the rest.
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
 NUM_TOKENS = len(VOCABULARY) + 1
+# The token of each character code up to the first code beyond printable ASCII, which stands for all further ones.
+TOKENS = np.full(128, len(VOCABULARY), dtype=np.uint8)
+TOKENS[[ord(character) for character in VOCABULARY]] = np.arange(len(VOCABULARY))
 SPEAKER = re.compile(r"(?:^|\n\n)([A-Z][^\n:]{0,60}):\n")
 TEST_SHARE = 0.1
 
@@ -102,10 +105,8 @@ def speeches(text: str) -> dict[str, str]:
 
 def encode(text: str) -> np.ndarray:
     """Return the token of each character, shape (len(text),), uint8."""
-    table = np.full(0x110000, NUM_TOKENS - 1, dtype=np.uint8)
-    table[[ord(character) for character in VOCABULARY]] = np.arange(len(VOCABULARY))
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    return table[codes]
+    return TOKENS[np.minimum(codes, len(TOKENS) - 1)]
 
 
 def cut(tokens: np.ndarray, length: int) -> np.ndarray:
