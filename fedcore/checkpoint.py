@@ -7,6 +7,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class _Encoder:
         if id(tensor) not in self._names:
             self._names[id(tensor)] = f"t{len(self.tensors)}"
             self._keep.append(tensor)
-            self.tensors[self._names[id(tensor)]] = tensor.detach().cpu().contiguous().clone()
+            self.tensors[self._names[id(tensor)]] = tensor.detach()
         return self._names[id(tensor)]
 
     def _array(self, array: Array) -> Any:
@@ -155,14 +156,30 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree to one file, atomically: the file is whole, or it is not there."""
+@dataclass(frozen=True)
+class Frozen:
+    """A tree as it was at one moment: what changes in place was copied, tensors are shared."""
+
+    text: str
+    tensors: dict[str, Tensor]
+
+
+def freeze(tree: Any) -> Frozen:
+    """Return a tree in a form that later changes do not reach, to be saved now or later."""
     encoder = _Encoder()
     body = encoder.encode(tree)
     text = json.dumps({"tree": body, "layouts": [_layout_to_json(layout) for layout in encoder.layouts]})
-    metadata = {"format": FORMAT, "tree": text, "digest": _digest(text, encoder.tensors)}
+    return Frozen(text, encoder.tensors)
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree, or a frozen one, to one file, atomically: the file is whole, or it is not there."""
+    frozen = tree if isinstance(tree, Frozen) else freeze(tree)
+    # Views of one memory must be parted: safetensors refuses tensors that share.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in frozen.tensors.items()}
+    metadata = {"format": FORMAT, "tree": frozen.text, "digest": _digest(frozen.text, tensors)}
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(encoder.tensors or {"empty": torch.zeros(1)}, temporary, metadata=metadata)
+    save_file(tensors or {"empty": torch.zeros(1)}, temporary, metadata=metadata)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

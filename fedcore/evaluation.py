@@ -38,12 +38,14 @@ class Scores:
         latest: figures of the latest evaluation.
         time_to_target_s: when the target was first reached, seconds.
         evaluated_version: the version whose evaluation was asked for last.
+        due_s: when the next evaluation is due, where they are counted in seconds.
     """
 
     latest: dict[str, float] = field(default_factory=dict)
     best_accuracy: float | None = None
     time_to_target_s: float | None = None
     evaluated_version: int = -1
+    due_s: float = 0.0
 
     def add(self, figures: Mapping[str, float], now: float, target: Mapping[str, float]) -> bool:
         """Take note of an evaluation; returns whether it reaches the target."""

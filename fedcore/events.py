@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedcore.errors import RunEnded
-from fedcore.hub import EVALUATE_TIMER, MAX_FAILURES_IN_A_ROW, Hub
+from fedcore.hub import MAX_FAILURES_IN_A_ROW, Hub
 from fedcore.session import Session
 from fedcore.strategy import HubStrategy
 from fedcore.tasks import Answer, Failure, Node, Reply
@@ -63,8 +63,6 @@ class EventStrategy(HubStrategy):
         hub = session.hub
         if not session.resumed:
             session.open()
-            if hub.options.evaluation.unit == "seconds":
-                hub.set_timer(EVALUATE_TIMER, hub.options.evaluation.every)
             self.on_start(hub)
         else:
             session.check_limits(self._rounds_done(hub))    # a run saved after its last event has nothing left to do
@@ -84,7 +82,7 @@ class EventStrategy(HubStrategy):
                 self.on_failure(hub, outcome)
             elif outcome.kind == "time":
                 for name in hub.pop_due_timers():
-                    self._on_timer(hub, name)
+                    self.on_timer(hub, name)
             elif outcome.kind == "join":
                 self.on_join(hub, next(node for node in hub.nodes if node.id == outcome.node_id))
             elif outcome.node_id is not None and (gone := hub.remove_node(outcome.node_id)):
@@ -105,12 +103,3 @@ class EventStrategy(HubStrategy):
             self.on_failure(hub, reply)
         else:
             self.on_reply(hub, reply)
-
-    def _on_timer(self, hub: Hub, name: str) -> None:
-        if name != EVALUATE_TIMER:
-            self.on_timer(hub, name)
-            return
-        hub.evaluate()
-        # Counted from the start, not from now, so that the period does not drift.
-        every = hub.options.evaluation.every
-        hub.set_timer(EVALUATE_TIMER, (round(hub.now / every) + 1) * every)

@@ -1,4 +1,5 @@
 """The hub: all that a server strategy can see and touch."""
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,13 +10,13 @@ from torch import Tensor
 from fedcore.errors import EmptyRound, MalformedReply
 from fedcore.evaluation import Poll, Scores, read_evaluation
 from fedcore.exchange import Exchange, HubGrid
+from fedcore.flower import record_of
 from fedcore.options import RunOptions
-from fedcore.payload import ARRAYS, CONFIG, VectorRecord, read_train_reply, wire_bytes
+from fedcore.payload import ARRAYS, CONFIG, VectorRecord, read_train_reply
 from fedcore.recorder import Recorder
 from fedcore.tasks import Answer, Failure, Node, Replies, Reply, Task, as_plain
 from fedcore.vectors import Model
 
-EVALUATE_TIMER = "$evaluate"
 # A node that fails so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
 
@@ -60,14 +61,15 @@ class Hub(Exchange):
         task_id = self._next_task
         draw = self._draws.get(node.partition, 0)
         self._draws[node.partition] = draw + 1
-        settings: dict[str, Any] = {
+        settings = record_of(ConfigRecord, {
             "task-id": task_id, "version": self.version, "draw": draw, "seed": self.seed, "reply": "update",
-            **self.options.train_config, **(config or {}),
-        }
+        })
+        for name, value in {**self.options.train_config, **(config or {})}.items():
+            settings[name] = value
         if local_steps is not None:
             settings["local-steps"] = local_steps
-        content = RecordDict({ARRAYS: self.model_record(), CONFIG: ConfigRecord(settings)})
-        wanted = settings["reply"]
+        wanted = str(settings["reply"])
+        content = record_of(RecordDict, {ARRAYS: self.model_record(), CONFIG: settings})
         # Only where an update is wanted of a client that may answer with a model must its base be kept.
         knows_updates = "update" in self._kinds.get(node.partition, "")
         base = self.model if wanted == "update" and not knows_updates else None
@@ -101,8 +103,19 @@ class Hub(Exchange):
         if weights is not None:
             row["weights"] = list(weights)
         self.recorder.metric(self._now, "update", **row, **figures)
-        if self.options.evaluation.unit == "versions" and self.version % self.options.evaluation.every == 0:
+        if self._evaluation_is_due():
             self.evaluate()
+
+    def _evaluation_is_due(self) -> bool:
+        """Say whether this version is to be evaluated: every so many versions, or the first after so many seconds."""
+        rule = self.options.evaluation
+        if rule.unit == "versions":
+            return self.version % rule.every == 0
+        if self._now < self.scores.due_s:
+            return False
+        # Counted from the start, not from now, so that the period does not drift.
+        self.scores.due_s = (math.floor(self._now / rule.every) + 1) * rule.every
+        return True
 
     def set_timer(self, name: str, at: float) -> None:
         """Call `on_timer(name)` at the time `at`; a timer of the same name is replaced."""
@@ -194,7 +207,7 @@ class Hub(Exchange):
             if found.kind == "update" and task.base is not None:
                 self._kinds[task.node.partition] = "update,model"
         except MalformedReply as error:
-            return self.refuse(task, error.reason, wire_bytes(answer.content))
+            return self.refuse(task, error.reason, answer.bytes_up)
         asked, done = task.local_steps, found.work_steps
         steps = asked if done is None else int(done) if asked is None else min(int(done), asked)
         elapsed = answer.elapsed_s
@@ -207,18 +220,18 @@ class Hub(Exchange):
         self.failures_in_a_row.pop(task.node.partition, None)
         self.totals["client_updates"] += 1
         self.totals["client_steps"] += reply.local_steps
-        self._end(task, "ok", wire_bytes(answer.content), reply.local_steps)
+        self._end(task, "ok", answer.bytes_up, reply.local_steps)
         return reply
 
     def read_figures(self, answer: Answer) -> dict[str, float] | None:
         """Validate an evaluation; a malformed one is refused, and None is returned."""
-        task, size = self._by_id[answer.task_id], wire_bytes(answer.content)
+        task = self._by_id[answer.task_id]
         try:
             _, figures = read_evaluation(answer.content)
         except MalformedReply as error:
-            self.refuse(task, error.reason, size)
+            self.refuse(task, error.reason, answer.bytes_up)
             return None
-        self._end(task, "ok", size)
+        self._end(task, "ok", answer.bytes_up)
         return figures
 
     def restore_reply(self, state: Mapping[str, Any]) -> Reply:
@@ -246,13 +259,12 @@ class Hub(Exchange):
         if isinstance(outcome, Failure):
             poll.pending -= 1
         else:
-            size = wire_bytes(outcome.content)
             try:
                 poll.add(task.node.partition, outcome.content)
             except MalformedReply as error:
-                self.refuse(task, error.reason, size)
+                self.refuse(task, error.reason, outcome.bytes_up)
             else:
-                self._end(task, "ok", size)
+                self._end(task, "ok", outcome.bytes_up)
         if poll.pending == 0:
             del self._polls[poll.version]
             if poll.figures:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -18,7 +18,7 @@ from fedcore.seeds import derive_seed
 from fedcore.session import Session
 from fedcore.strategy import HubStrategy
 from fedcore.tasks import Node, Reply, Task
-from fedcore.vectors import Model
+from fedcore.vectors import Layout, Model
 
 logger = logging.getLogger("fedcore")
 
@@ -53,10 +53,12 @@ class RoundStrategy(HubStrategy):
             session.check_limits(hub.round_index)    # a run saved after its last round has nothing left to do
         try:
             while hub.stop_reason is None:
+                session.remember()    # the run's time may be over in the middle of the round
                 session.admit_waiting()
                 self.round(hub, hub.round_index)
                 hub.round_index += 1
                 hub.finish_polls()
+                session.forget()
                 session.check_limits(hub.round_index)
                 session.safe_point()
         except RunEnded:
@@ -107,6 +109,7 @@ class FlowerRounds(RoundStrategy):
             hub.log(round=server_round, failed_round=True, replies=len(replies), asked=len(sent))
             hub.give_up_if_hopeless()
             return
+        result = in_model_dtypes(result, hub.model.layout)
         try:
             params, buffers = read_arrays(result, hub.model.layout)
         except MalformedReply as error:
@@ -152,6 +155,22 @@ def _send(hub: Hub, messages: Iterable[Message]) -> list[Task]:
         steps = config.get("local-steps") if isinstance(config, ConfigRecord) else None
         sent.append(hub.send(node, message, local_steps=steps if isinstance(steps, int) else None, base=hub.model))
     return sent
+
+
+def in_model_dtypes(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
+    """Return what a strategy computed in the model's dtypes, as loading it into the model would.
+
+    Flower's FedAdam and FedYogi turn float32 models into float64, and its means turn integer counters into floats.
+    """
+    dtypes = {spec.name: spec.dtype for spec in layout.params + layout.buffers}
+    if all(array.dtype == dtypes.get(name, array.dtype) for name, array in arrays.items()):
+        return arrays
+    fitted = ArrayRecord()
+    for name, array in arrays.items():
+        dtype = np.dtype(dtypes.get(name, array.dtype))
+        values = array.numpy()
+        fitted[name] = Array((np.rint(values) if dtype.kind in "iu" else values).astype(dtype))
+    return fitted
 
 
 def seed_globals(seed: int, server_round: int) -> None:

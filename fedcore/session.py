@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 
-from fedcore.checkpoint import Checkpoints
+from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
 from fedcore.errors import NothingCanHappen, RunEnded
 from fedcore.hub import Hub
@@ -47,6 +47,7 @@ class Session:
         self.save_every_s, self.interrupted = save_every_s, interrupted
         self.resumed = False
         self._saved_at = time.monotonic()
+        self._remembered: Frozen | None = None
         self.clients: dict[int, dict[str, Any]] = {}    # what each partition said about itself
 
     # ---- nodes --------------------------------------------------------------------------------------------------
@@ -176,14 +177,25 @@ class Session:
             self.hub.stop("interrupted")
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint: of this moment, or of the one remembered."""
         assert self.checkpoints is not None
+        self.checkpoints.save(self._tree() if self._remembered is None else self._remembered)
+        self._saved_at = time.monotonic()
+
+    def remember(self) -> None:
+        """Keep the present state for `save`, where what follows may be broken off and cannot be saved half done."""
+        if self.checkpoints is not None and self.hub.options.stop.seconds is not None:
+            self._remembered = freeze(self._tree())
+
+    def forget(self) -> None:
+        """Let `save` save the present state again."""
+        self._remembered = None
+
+    def _tree(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"hub": self.hub, "strategy": self.strategy}
         if hasattr(self.hub.grid, "state_dict"):
             parts["grid"] = self.hub.grid
-        tree = {name: part.state_dict() for name, part in parts.items()}
-        self.checkpoints.save({**tree, "clients": self.clients})
-        self._saved_at = time.monotonic()
+        return {"clients": self.clients, **{name: part.state_dict() for name, part in parts.items()}}
 
     def restore(self) -> list[str]:
         """Continue from the newest checkpoint that can be read; returns what was wrong with newer ones."""

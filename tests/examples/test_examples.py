@@ -1,0 +1,47 @@
+"""Every example runs as its first lines say, and learns something."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedcore
+from fedcore.config import load_experiment
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "bring_your_own_task"]
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_example_learns(name, tmp_path):
+    run = fedcore.simulate(EXAMPLES / name / "experiment.yaml", out=tmp_path / "run")
+    assert run.summary["best_accuracy"] > 0.9
+    assert (tmp_path / "run" / "report.html").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("name", ["custom_round_strategy", "custom_event_strategy"])
+def test_a_users_strategy_resumes_to_the_same_bits(name, tmp_path):
+    file = EXAMPLES / name / "experiment.yaml"
+    limit = ["stop.target={}", "stop.rounds=null", "stop.seconds=20"]
+    whole = fedcore.simulate(file, out=tmp_path / "whole", overrides=limit)
+    fedcore.simulate(file, out=tmp_path / "parts", overrides=[*limit[:2], "stop.seconds=8"])
+    resumed = fedcore.simulate(resume=tmp_path / "parts", overrides=limit[2:])
+    for tensor_name, values in whole.model().items():
+        assert torch.equal(values, resumed.model()[tensor_name])
+
+
+def test_every_example_file_is_valid():
+    for file in sorted(EXAMPLES.glob("*/experiment.yaml")):
+        # The study wants MNIST from the user's disk; everything else about it can be checked without.
+        overrides = ["task=digits"] if file.parent.name == "uneven_mnist" else []
+        assert load_experiment(file, overrides).clients.count >= 4
+
+
+def test_the_notebook_style_example_runs_from_top_to_bottom(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, EXAMPLES / "python_api" / "uneven_digits.py"], env=environment,
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "fedcompass" in done.stdout and "side by side" in done.stdout
