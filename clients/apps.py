@@ -9,6 +9,7 @@ from flwr.clientapp.typing import Mod
 
 from fedcore.clients.data import batches_per_pass
 from fedcore.clients.requests import KINDS, Request
+from fedcore.flower import record_of
 from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
 
 # A forward pass costs about a third of a training step.
@@ -41,14 +42,13 @@ class EstimatingApp(ClientApp):
         self.query(mods=list(mods or []))(client.query)
 
 
-def add_echo(content: RecordDict, request: Request) -> None:
-    """Put what a request wants repeated into its reply."""
-    if request.echo is not None:
-        content[REPLY] = ConfigRecord(dict(request.echo))
+def echo(request: Request) -> dict[str, ConfigRecord]:
+    """Return the record in which a reply repeats what its request wants repeated, by its name; none where nothing."""
+    return {} if request.echo is None else {REPLY: record_of(ConfigRecord, dict(request.echo))}
 
 
 def echo_bytes(request: Request) -> int:
-    """Return what `add_echo` adds to the size of a reply."""
+    """Return what `echo` adds to the size of a reply."""
     return 0 if request.echo is None else _echo_bytes(request.kind, tuple(request.echo))
 
 

@@ -31,7 +31,7 @@ def build_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_ou
 
 
 def check_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_outputs: int) -> None:
-    """Find out what is wrong with a task's `model` setting, without memory for a model.
+    """Find out early what is wrong with a task's `model` setting.
 
     Raises:
         InvalidSetting: as `build_model`; the shape of a user's own model shows only when it is built.
@@ -40,7 +40,8 @@ def check_model(spec: str | dict[str, Any], input_shape: tuple[int, ...], num_ou
     if problems:
         raise problems[0]
     if ":" not in checked["name"]:
-        with torch.device("meta"):
+        # Only its shapes matter here: whoever uses torch's global generator notices nothing.
+        with torch.random.fork_rng(devices=[]):
             build_model(spec, input_shape, num_outputs)
 
 

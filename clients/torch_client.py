@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp.typing import Mod
 from torch import Tensor
 
-from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, add_echo, echo_bytes, evaluation_steps
+from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, echo_bytes, evaluation_steps
 from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
 from fedcore.clients.modules import flat_module, seeded_torch
@@ -18,6 +18,7 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
+from fedcore.flower import record_of
 from fedcore.payload import ARRAYS, INFO, METRICS, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
@@ -86,11 +87,11 @@ class TorchClient:
         trained = flat.params.cpu()
         values = trained - params if request.kind == "update" else trained.clone()
         figures = (len(data), work.steps, time.perf_counter() - started, loss)
-        content = RecordDict({
+        content = record_of(RecordDict, {
             ARRAYS: VectorRecord.of(values, flat.buffers(), flat.layout),
-            METRICS: MetricRecord(dict(zip(TRAIN_METRICS, figures, strict=True))),
+            METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
+            **echo(request),
         })
-        add_echo(content, request)
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:

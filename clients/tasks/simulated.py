@@ -6,12 +6,13 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, add_echo, echo_bytes, evaluation_steps
+from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, echo_bytes, evaluation_steps
 from fedcore.clients.data import Dataset, Samples, batches_per_pass
 from fedcore.clients.requests import Request
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site
 from fedcore.errors import InvalidSetting
+from fedcore.flower import record_of
 from fedcore.payload import ARRAYS, INFO, METRICS, Estimate, VectorRecord, single_record, wire_bytes
 from fedcore.vectors import Model
 
@@ -84,9 +85,8 @@ class SimulatedClient:
         request = Request.of(message, context)
         arrays = self._zeros if request.kind == "update" else _received(message)
         figures = (self.task.examples, self._steps(request), 0.0)
-        metrics = MetricRecord(dict(zip(TRAIN_METRICS, figures, strict=True)))
-        content = RecordDict({ARRAYS: arrays, METRICS: metrics})
-        add_echo(content, request)
+        metrics = record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True)))
+        content = record_of(RecordDict, {ARRAYS: arrays, METRICS: metrics, **echo(request)})
         return Message(content, reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:

@@ -9,6 +9,9 @@ from torch.nn import functional
 from fedcore.clients.apps import EstimatingApp
 from fedcore.clients.data import Dataset, Samples
 from fedcore.clients.evaluation import regression_metrics
+from fedcore.clients.modules import initial_model
+from fedcore.clients.settings import TrainSettings
+from fedcore.clients.torch_client import torch_client
 from fedcore.payload import ARRAYS, CONFIG, VectorRecord
 from fedcore.vectors import Model
 
@@ -69,3 +72,17 @@ class Lab:
         """Return the content of a training reply."""
         return self.app(request("train", self.model, **config), context or node()).content
 
+
+class Normed(LineTask):
+    """Has buffers, one of them an integer."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+TASK = LineTask()
+
+
+def lab(task: LineTask = TASK, **settings_: object) -> Lab:
+    train = TrainSettings(**{"batch_size": 4, "local_steps": 5, **settings_})
+    return Lab(torch_client(task, train), initial_model(task, 0, train.torch_dtype))

@@ -3,26 +3,14 @@ import math
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from fedcore.clients.modules import initial_model
-from fedcore.clients.settings import TrainSettings
-from fedcore.clients.torch_client import torch_client
-from fedcore.errors import EmptyClient, InvalidSetting, MalformedRequest, UnknownSite
-from fedcore.payload import read_arrays, read_train_reply, wire_bytes
+from fedcore.payload import read_arrays, read_train_reply
 from fedcore.seeds import torch_generator
 from fedcore.vectors import Model
-from tests.clients.lab import Lab, LineTask, node, request
-
-TASK = LineTask()
-
-
-def lab(task: LineTask = TASK, **settings_: object) -> Lab:
-    train = TrainSettings(**{"batch_size": 4, "local_steps": 5, **settings_})
-    return Lab(torch_client(task, train), initial_model(task, 0, train.torch_dtype))
+from tests.clients.lab import TASK, Lab, LineTask, Normed, lab, node
 
 
 def values(content: RecordDict, model: Model) -> torch.Tensor:
@@ -200,13 +188,6 @@ def test_the_loss_is_the_mean_over_the_steps_before_each_step():
     assert math.isclose(bench.train(local_steps=3)["metrics"]["loss"], (first + sum(single)) / 3, rel_tol=1e-6)
 
 
-class Normed(LineTask):
-    """Has buffers, one of them an integer."""
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-
-
 def test_buffers_come_back_as_values_also_beside_an_update():
     task = Normed(sizes=(50,))
     bench = lab(task, batch_size=25)
@@ -243,164 +224,3 @@ def test_without_a_schedule_a_client_keeps_nothing():
     context = node()
     lab().train(context)
     assert not context.state
-
-
-# ---- evaluate, query, estimate --------------------------------------------------------------------------------------
-
-
-def test_evaluation_measures_the_sites_validation_data():
-    bench = lab(LineTask(validation=20))
-    content = bench.app(request("evaluate", bench.model), node()).content
-    module = bench.model
-    loss = TASK.loss(_loaded(module), *TASK._points(100, 20).batch(torch.arange(20))).item()
-    assert math.isclose(content["metrics"]["loss"], loss, rel_tol=1e-6)
-    assert content["metrics"]["num-examples"] == 20
-    assert content["metrics"]["work-steps"] == 2        # five batches of four, three of which cost one step
-
-
-def test_evaluation_falls_back_to_the_training_data():
-    bench = lab()
-    assert bench.app(request("evaluate", bench.model), node()).content["metrics"]["num-examples"] == 50
-
-
-def test_evaluation_switches_dropout_off_and_training_switches_it_on_again():
-    bench = lab(LineTask(dropout=0.5), lr=0.1)
-    trained = values(bench.train(), bench.model)
-    figures = [bench.app(request("evaluate", bench.model), node()).content["metrics"]["loss"] for _ in range(2)]
-    assert figures[0] == figures[1]
-    assert torch.equal(values(bench.train(), bench.model), trained)
-
-
-def test_a_query_tells_how_much_data_there_is():
-    content = lab().app(request("query"), node(1)).content
-    assert dict(content["metrics"]) == {"num-examples": 7, "partition-id": 1}
-    assert dict(content["info"]) == {"kinds": "update,model"}
-
-
-CONFIGS = st.fixed_dictionaries({}, optional={
-    "local_steps": st.integers(1, 9), "draw": st.integers(0, 3), "task_id": st.integers(0, 9),
-    "version": st.integers(0, 9), "reply": st.sampled_from(["update", "model"]), "proximal_mu": st.just(0.1),
-})
-
-
-@settings(max_examples=40)
-@given(
-    config=CONFIGS, site=st.integers(0, 2), action=st.sampled_from(["train", "evaluate", "query"]),
-    epochs=st.booleans(), task=st.sampled_from([LineTask(), LineTask(validation=9), Normed(sizes=(50, 8, 4))]),
-)
-def test_the_estimate_is_exactly_what_the_reply_costs(config, site, action, epochs, task):
-    bench = lab(task, **({"local_steps": None, "local_epochs": 2} if epochs else {}))
-    message, context = request(action, None if action == "query" else bench.model, **config), node(site)
-    estimate = bench.app.estimate(message, context)
-    content = bench.app(message, context).content
-    assert estimate is not None
-    assert estimate.reply_bytes == wire_bytes(content)
-    assert estimate.work_steps == content["metrics"].get("work-steps", 0)
-
-
-def test_an_evaluation_of_unknown_figures_cannot_be_estimated():
-    class Secretive(LineTask):
-        metric_names = None
-
-    assert lab(Secretive()).app.estimate(request("evaluate", lab().model), node()) is None
-
-
-def test_an_unknown_action_cannot_be_estimated():
-    assert lab().app.estimate(request("train.other", lab().model), node()) is None
-
-
-def test_mods_wrap_every_action():
-    seen = []
-
-    def mod(message: Message, context: Context, call) -> Message:
-        seen.append(message.metadata.message_type)
-        return call(message, context)
-
-    app = torch_client(TASK, TrainSettings(local_steps=1), mods=[mod])
-    for action in ("train", "evaluate", "query"):
-        app(request(action, lab().model), node())
-    assert seen == ["train", "evaluate", "query"]
-
-
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
-def test_a_client_without_data_says_so():
-    task = LineTask(sizes=(0,))
-    for action in ("train", "evaluate"):
-        with pytest.raises(EmptyClient, match="Client 0 has no example"):
-            lab(task).app(request(action, lab().model), node())
-
-
-@pytest.mark.parametrize("config", [
-    {"local_steps": 0}, {"local_steps": 2.5}, {"local_steps": True}, {"draw": -1}, {"reply": "gradient"},
-    {"lr_scale": -1.0}, {"lr_scale": float("nan")}, {"proximal_mu": float("inf")}, {"seed": "x"},
-])
-def test_a_request_that_makes_no_sense_is_refused(config):
-    with pytest.raises(MalformedRequest, match=next(iter(config)).replace("_", "-")):
-        lab().train(**config)
-
-
-def test_a_request_for_another_model_is_refused():
-    other = Model.of(nn.Linear(3, 1))
-    with pytest.raises(MalformedRequest, match="does not fit this client's model"):
-        lab().app(request("train", other), node())
-    with pytest.raises(MalformedRequest, match="one record of arrays"):
-        lab().app(request("train"), node())
-
-
-def test_a_configuration_of_the_wrong_kind_is_refused():
-    message = request("train", lab().model)
-    message.content["config"] = MetricRecord({"local-steps": 3})
-    with pytest.raises(MalformedRequest, match="MetricRecord"):
-        lab().app(message, node())
-
-
-def test_a_node_that_does_not_know_its_data_says_so():
-    with pytest.raises(UnknownSite, match="partition-id=0"):
-        lab().train(node(None))
-
-
-def test_a_site_of_its_own_wins_over_the_partition_number():
-    class ByName(LineTask):
-        def data(self, site):
-            return super().data({"clinic": 1}[site])
-
-    bench = lab(ByName())
-    assert bench.train(node(0, site="clinic"))["metrics"]["num-examples"] == 7
-    assert bench.train(node(None, site="clinic"))["metrics"]["num-examples"] == 7
-
-
-@pytest.mark.parametrize(("setting", "value"), [
-    ("lr", 0.0), ("lr", float("nan")), ("batch_size", 0), ("local_steps", 0), ("clip_norm", 0.0),
-    ("clip_norm", float("nan")), ("dtype", "float16"), ("device", "toaster"),
-])
-def test_training_settings_out_of_range_are_refused(setting, value):
-    with pytest.raises(InvalidSetting, match=f"train.{setting}"):
-        torch_client(TASK, TrainSettings(**{setting: value}))
-
-
-def test_steps_and_epochs_exclude_each_other():
-    with pytest.raises(InvalidSetting, match="train.local_epochs"):
-        TrainSettings(local_steps=3, local_epochs=1)
-
-
-def test_a_task_may_bring_its_own_client():
-    class Stranger(LineTask):
-        def client_app(self, settings: TrainSettings):
-            return f"mine, with lr={settings.lr}"
-
-    assert torch_client(Stranger(), TrainSettings(lr=0.5)) == "mine, with lr=0.5"
-
-
-def test_configuration_records_are_not_changed():
-    message = request("train", lab().model, local_steps=2, task_id=1)
-    before = dict(message.content["config"])
-    lab().app(message, node())
-    assert dict(message.content["config"]) == before and isinstance(message.content["config"], ConfigRecord)
-
-
-def _loaded(model: Model) -> nn.Module:
-    module = TASK.model()
-    model.load_into(module)
-    return module.eval()
