@@ -12,6 +12,7 @@ from torch import nn
 
 from fedcore.checkpoint import Checkpoints
 from fedcore.clients.settings import TrainSettings
+from fedcore.clients.tasks.simulated import Simulated
 from fedcore.clients.torch_client import torch_client
 from fedcore.hub import Hub
 from fedcore.options import Evaluation, RunOptions, StopRule
@@ -81,7 +82,6 @@ class StepTimes:
 
     seconds: list[float]
     slower: dict = field(default_factory=dict)
-    seconds_per_task: float = 0.0
 
     def compute_seconds(self, partition, task_index, work_steps):
         return self.seconds[partition] * work_steps * self.slower.get((partition, task_index), 1.0)
@@ -175,7 +175,7 @@ def rows(path):
 
 def test_two_clients_follow_the_worked_example_in_virtual_time(tmp_path):
     """Step times of 1 and 4 seconds, Qmin 20, Qmax 100, lambda 1.5, worked through by hand."""
-    outcome = run(FedCompass(), [1.0, 4.0], tmp_path, updates=8)
+    outcome = run(FedCompass(), [1.0, 4.0], tmp_path, task=Simulated(num_params=3), updates=8)
     columns = ("node", "start_s", "end_s", "local_steps", "group")
     tasks = [tuple(row.get(column) for column in columns) for row in outcome.timeline]
     assert [task for task in tasks if task[2] <= 268] == [
