@@ -18,6 +18,9 @@ from fedcore.simulations.grid import VirtualGrid
 from fedcore.strategy import HubStrategy
 from fedcore.vectors import Model
 
+# As in a simulation: with more threads small tests wait for each other, and bits depend on the machine.
+torch.set_num_threads(1)
+
 
 class Point(nn.Module):
     """A model that is one vector."""
@@ -54,6 +57,15 @@ class Quadratic:
     def metrics(self, model: nn.Module, data: Any) -> dict[str, float]:
         inputs, targets = data.batch(torch.arange(len(data)))
         return {"loss": self.loss(model, inputs, targets).item()}
+
+
+class Noisy(Quadratic):
+    """Quadratic clients of twelve examples each, scattered about the center, so that batches are drawn."""
+
+    def data(self, site: int) -> tuple[Tensor, Tensor]:
+        center, curvature = super().data(site)
+        noise = torch.randn(12, center.shape[1], dtype=center.dtype, generator=torch.Generator().manual_seed(site))
+        return center + noise, curvature.repeat(12)
 
 
 class TaskTimes:
@@ -114,6 +126,7 @@ def federate(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     interrupted: Any = None,
+    grid_class: type[VirtualGrid] = VirtualGrid,
     **stop: Any,
 ) -> Outcome:
     """Run a strategy over clients whose tasks take `times_s` seconds (one each, or several taken in turn)."""
@@ -122,11 +135,11 @@ def federate(
         centers = torch.randn(len(times_s), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     task = task or Quadratic(centers, curvatures)
     dtype = str(next(task.model().parameters()).dtype).removeprefix("torch.")
-    settings = TrainSettings(lr=lr, local_steps=local_steps, dtype=dtype, device="cpu")
+    settings = TrainSettings(lr=lr, batch_size=4, local_steps=local_steps, dtype=dtype, device="cpu")
     app = app or torch_client(task, settings)
     recorder = Listener()
     options = RunOptions(seed=seed, expected=len(times_s), stop=StopRule(**stop))
-    grid = VirtualGrid(app, len(times_s), seed=seed, devices=TaskTimes(times_s), **grid_settings)
+    grid = grid_class(app, len(times_s), seed=seed, devices=TaskTimes(times_s), **grid_settings)
     hub = Hub(grid, Model.of(task.model()), options, recorder)
     outcome = Outcome(hub.model.params, recorder.rows, recorder.tasks, hub, strategy)
     publish = hub.publish
@@ -154,3 +167,9 @@ def federate_fixture() -> Any:
 def quadratic_fixture() -> Any:
     """Make a task of quadratic clients: `quadratic(centers, curvatures)`."""
     return Quadratic
+
+
+@pytest.fixture(name="noisy", scope="session")
+def noisy_fixture() -> Any:
+    """Make a task of quadratic clients whose batches are drawn: `noisy(centers)`."""
+    return Noisy
