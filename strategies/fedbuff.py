@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from fedcore.errors import InvalidSetting
-from fedcore.events import MAX_FAILURES_IN_A_ROW, EventStrategy
-from fedcore.hub import Hub
+from fedcore.events import EventStrategy
+from fedcore.hub import MAX_FAILURES_IN_A_ROW, Hub
 from fedcore.seeds import derive_seed
 from fedcore.strategies.buffers import add_buffers, settle_buffers
 from fedcore.strategies.settings import check_count, check_number, check_switch

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fedcore.errors import InvalidSetting
-from fedcore.events import MAX_FAILURES_IN_A_ROW, EventStrategy
-from fedcore.hub import Hub
+from fedcore.events import EventStrategy
+from fedcore.hub import MAX_FAILURES_IN_A_ROW, Hub
 from fedcore.strategies.buffers import blend_buffers
 from fedcore.strategies.settings import check_choice, check_count, check_number
 from fedcore.tasks import NODE_GONE, Failure, Node, Reply
