@@ -245,7 +245,7 @@ class Exchange:
             self._end(task, "cancelled", size)
             return None
         outcome = self._fail(task, message) if failed else Answer(
-            task.node, task.id, message.content, message, self._now - task.sent_at
+            task.node, task.id, message.content, message, self._now - task.sent_at, size
         )
         return self._intercept(task, outcome)
 

@@ -10,6 +10,8 @@ METRICS_FILE, TIMELINE_FILE, SUMMARY_FILE = "metrics.jsonl", "timeline.jsonl", "
 CLIENTS_FILE, CONFIG_FILE, MODEL_FILE, REPORT_FILE = "clients.json", "config.yaml", "model.safetensors", "report.html"
 CHECKPOINTS_FOLDER = "checkpoints"
 
+encode = json.JSONEncoder(allow_nan=False).encode
+
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
 
@@ -28,9 +30,9 @@ def plain(value: Any) -> Any:
 def json_line(row: Row) -> str:
     """Return a row as one line of valid JSON."""
     try:
-        return json.dumps(row, allow_nan=False)
+        return encode(row)
     except ValueError:
-        return json.dumps(plain(row), allow_nan=False)
+        return encode(plain(row))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -152,6 +152,7 @@ class Answer:
     content: RecordDict = field(repr=False)
     message: Message = field(repr=False)
     elapsed_s: float = 0.0
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True)

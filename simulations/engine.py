@@ -15,6 +15,7 @@ from fedcore.simulations.clock import EventHeap
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.execute import CRASHED, GONE, NO_ANSWER, AppFactory, NodeInfo, execute
 from fedcore.simulations.failures import Failures
+from fedcore.simulations.memory import exempt_what_is_loaded
 from fedcore.simulations.network import Network
 from fedcore.simulations.sim_task import Lane, SimTask, set_train_seconds, work_steps
 from fedcore.simulations.workers import WorkerPool
@@ -63,6 +64,7 @@ class Engine:
         run_config: Mapping[str, Any] | None,
     ):
         adopt_identity()
+        exempt_what_is_loaded()
         self.num_nodes = num_nodes
         self.devices = devices or Devices(seed=seed)
         self.network = network or Network(seed=seed)
@@ -150,6 +152,7 @@ class Engine:
             self._begin(lane, task)
         else:
             lane.waiting.append(task)
+            self._expire_later(task)    # it may expire before its turn comes
         return name
 
     def _download(self, task: SimTask) -> float:
@@ -226,7 +229,7 @@ class Engine:
     def _arrive_at(self, task: SimTask, at: float) -> None:
         task.stage, task.arrives_at = "arriving", at
         task.entry = self.heap.push(at, REPLY, task.partition, task)
-        if task.fate == "reply_lost" or at > task.expires_at:
+        if task.expiry is None and (task.fate == "reply_lost" or at > task.expires_at):
             self._expire_later(task)
 
     def _expire_later(self, task: SimTask) -> None:
@@ -287,10 +290,12 @@ class Engine:
         lane = self._lanes.get(task.partition)
         if lane is None or lane.running is not task:
             return
-        if lane.waiting:
-            self._begin(lane, lane.waiting.popleft())
-        else:
-            del self._lanes[task.partition]
+        while lane.waiting:
+            following = lane.waiting.popleft()
+            if following.id in self.tasks:    # else it expired while it waited
+                self._begin(lane, following)
+                return
+        del self._lanes[task.partition]
 
     def _hand_over(self, task: SimTask, outcome: RecordDict | Error) -> Event | None:
         if self.tasks.pop(task.id, None) is None:

@@ -143,12 +143,14 @@ def serve(link: Connection) -> None:
 
     from fedcore.flower import adopt_identity
     from fedcore.simulations.execute import execute
+    from fedcore.simulations.memory import exempt_what_is_loaded
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends the run cleanly
     torch.set_num_threads(1)
     adopt_identity()
     try:
         app = pickle.loads(receive(link))()
+        exempt_what_is_loaded()
     except (Exception, SystemExit):  # whatever the user's code raises, the parent shows it
         send(link, f"the ClientApp could not be built there:\n{traceback.format_exc()}")
         return
