@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedcore.arrays import LazyArray
 from fedcore.errors import UnusableCheckpoint
-from fedcore.payload import LazyArray, VectorRecord
+from fedcore.payload import VectorRecord
 from fedcore.vectors import Layout, Model, TensorSpec
 
 FORMAT = "fedcore-1"
