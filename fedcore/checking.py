@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from fedcore import registry
-from fedcore.catalogue import OPTIMIZER_TRIAL, SCHEDULE_TRIAL, SIMULATION_TRIALS, TRAIN_TRIAL
+from fedcore.catalogue import OPTIMIZER_TRIAL, SCHEDULE_TRIAL, SIMULATION_TRIALS, TASK_TRIAL, TRAIN_TRIAL
 from fedcore.config import ExistingFile, Experiment, PlugIn, Section
 from fedcore.consistency import contradictions, doubts
 from fedcore.errors import BadExperiment, BadInput, InvalidSetting, MissingSetting, UnknownSetting
@@ -49,6 +49,11 @@ def check_experiment(
     problems += contradictions(checked, task, strategy)
     if problems:
         raise BadExperiment(source, problems)
+    try:
+        # Data that are missing or unreadable, or too few for so many clients, show only when they are asked for.
+        registry.load(TASK_TRIAL)(checked).data(0)
+    except BadInput as error:
+        raise BadExperiment(source, [error]) from error
     checked._warnings = tuple(doubts(checked, settings, task, strategy))
     return checked
 

@@ -11,13 +11,32 @@ from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from fedcore import __version__
 from fedcore.errors import BadInput, FedcoreError
 
-FAILED, BAD_INPUT, TARGET_MISSED, INTERRUPTED = 1, 2, 3, 130
+DONE, FAILED, BAD_INPUT, TARGET_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 ERROR_LOG = "error.log"
+FOLDER = "fedcore.folder"       # where a command says which run folder it writes
+
+ARGUMENT_HELP = {
+    "file": "The experiment, a YAML file.",
+    "kind": "strategies, tasks, partitions, models, ...; without it, all kinds.",
+    "name": "One of them, with all its settings.",
+    "runs": "Folders of runs.",
+}
+
+
+class Command(TyperCommand):
+    """A command whose arguments are explained."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # From click 8.5 on, its constructor wipes out the help that typer 0.20 has just set.
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument):
+                parameter.help = ARGUMENT_HELP[str(parameter.name)]
 
 
 class Commands(TyperGroup):
@@ -28,39 +47,50 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BadInput as error:
-            self._fail(error, BAD_INPUT)
+            self._fail(error, BAD_INPUT, ctx)
         except FedcoreError as error:
-            self._fail(error, FAILED)
+            self._fail(error, FAILED, ctx)
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:      # a defect, ours or of the user's own classes: the traceback goes to a file
-            self._report_defect(error, Path(ctx.meta.get("fedcore.folder", ".")))
+            self._report_defect(error, ctx)
 
     @staticmethod
-    def _fail(error: FedcoreError, status: int) -> None:
+    def _fail(error: FedcoreError, status: int, ctx: click.Context) -> None:
         from fedcore.terminal import one_screen, show_error
 
-        show_error(one_screen(error))
+        text = one_screen(error)
+        if FOLDER in ctx.meta and "\n...\n" in text:
+            text += f"\nThe full message is in {_write_log(str(error), ctx)}."
+        show_error(text)
         raise typer.Exit(status) from None
 
     @staticmethod
-    def _report_defect(error: Exception, folder: Path) -> None:
+    def _report_defect(error: Exception, ctx: click.Context) -> None:
         import traceback
 
         from fedcore.terminal import show_error
 
-        log = folder / ERROR_LOG
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        log = _write_log("".join(traceback.format_exception(error)), ctx)
         last = (str(error).strip().splitlines() or ["no message"])[-1]
         show_error(f"{type(error).__name__}: {last[:400]}\nThe full traceback is in {log}.")
         raise typer.Exit(FAILED) from None
 
 
+def _write_log(text: str, ctx: click.Context) -> Path:
+    """Write what is too long for a screen into the run's folder, or where the command was given."""
+    log = Path(ctx.meta.get(FOLDER, ".")) / ERROR_LOG
+    log.write_text(text, encoding="utf-8")
+    return log
+
+
 app = typer.Typer(
-    cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    suggest_commands=False,     # click does
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Begin with [bold]fedcore simulate examples/quickstart/experiment.yaml[/]; "
            "[bold]fedcore COMMAND --help[/] explains each command.",
@@ -69,7 +99,8 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Option(
     "--set", metavar="KEY=VALUE", help="Change a setting of the file, e.g. [bold]train.lr=0.1[/]; may be repeated."
 )]
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, a YAML file.", show_default=False)]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", show_default=False)]
+RunArguments = Annotated[list[Path], typer.Argument(metavar="RUN...", show_default=False)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -99,12 +130,10 @@ fedcore simulate --flower-app my_app
 """
 
 
-@app.command(epilog=SIMULATE_EXAMPLES)
+@app.command(cls=Command, epilog=SIMULATE_EXAMPLES)
 def simulate(
     ctx: typer.Context,
-    file: Annotated[Path | None, typer.Argument(
-        metavar="FILE", help="The experiment, a YAML file.", show_default=False
-    )] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", show_default=False)] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(
         metavar="DIR", help="Folder for the results; new or empty. Without it, a new one below runs/."
@@ -132,7 +161,7 @@ def simulate(
             raise typer.BadParameter("a Flower app's run cannot be resumed", param_hint="--resume")
         from fedcore.commands import run_flower_app
 
-        raise typer.Exit(run_flower_app(flower_app, file, overrides or (), out, workers, ctx.meta))
+        raise typer.Exit(run_flower_app(flower_app, file, overrides or (), out, workers))
     if resume is None and file is None:
         raise typer.BadParameter("name an experiment file, or a run with --resume DIR", param_hint="FILE")
     if resume is not None and (file is not None or out is not None):
@@ -152,14 +181,10 @@ fedcore list strategies fedbuff
 """
 
 
-@app.command(name="list", epilog=LIST_EXAMPLES)
+@app.command(name="list", cls=Command, epilog=LIST_EXAMPLES)
 def list_plugins(
-    kind: Annotated[str | None, typer.Argument(
-        metavar="KIND", help="strategies, tasks, partitions, models, ...; without it, all kinds.", show_default=False
-    )] = None,
-    name: Annotated[str | None, typer.Argument(
-        metavar="NAME", help="One of them, with all its settings.", show_default=False
-    )] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
 ) -> None:
     """List what can be named in an experiment file, or all settings of one NAME."""
     from fedcore.listing import show_kind, show_kinds, show_plugin
@@ -182,7 +207,7 @@ fedcore check experiment.yaml --set clients.count=100
 """
 
 
-@app.command(epilog=CHECK_EXAMPLES)
+@app.command(cls=Command, epilog=CHECK_EXAMPLES)
 def check(file: FileArgument, overrides: Overrides = None) -> None:
     """Check an experiment without running it, and show all its settings, its model and who has how much data."""
     from fedcore.commands import check_experiment_file
@@ -200,9 +225,9 @@ fedcore compare runs/* --target accuracy=0.95 --out comparison.html
 """
 
 
-@app.command(epilog=COMPARE_EXAMPLES)
+@app.command(cls=Command, epilog=COMPARE_EXAMPLES)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    runs: RunArguments,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("compare.html"),
     target: Annotated[str | None, typer.Option(
         metavar="METRIC=VALUE", help="What the runs are timed to, e.g. [bold]accuracy=0.9[/]."
@@ -214,9 +239,9 @@ def compare(
     compare_runs(runs, out, target)
 
 
-@app.command(epilog="[bold]Example[/]\n\nfedcore report runs/digits-fedavg-seed0-1")
+@app.command(cls=Command, epilog="[bold]Example[/]\n\nfedcore report runs/digits-fedavg-seed0-1")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    runs: RunArguments,
 ) -> None:
     """Write report.html again, into each run's folder; a run that was killed gets one too."""
     from fedcore.report import write_report

@@ -7,16 +7,16 @@ import yaml
 from rich.console import Console
 from rich.syntax import Syntax
 
+from fedcore.cli import DONE, FOLDER, INTERRUPTED, TARGET_MISSED
 from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput, FedcoreError, InvalidSetting
-from fedcore.progress import Progress
-from fedcore.recorder import CONFIG_FILE, REPORT_FILE
+from fedcore.progress import Figures, Progress
+from fedcore.recorder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE
 from fedcore.report import comparison_rows, write_comparison, write_report
 from fedcore.report.scales import count, data_size, goal_words, metric_figure, percent, seconds
 from fedcore.runs import Run
 from fedcore.terminal import make_console, pairs, plain_spaces, table
 
-DONE, TARGET_MISSED, INTERRUPTED = 0, 3, 130
 MOST_SIZED_CLIENTS = 10_000     # beyond so many clients `check` does not look at each one's data
 BYTES_PER_MBIT = 125_000
 
@@ -28,7 +28,7 @@ def run_experiment(
     """Run or resume an experiment with progress and a summary; returns the exit status.
 
     Args:
-        meta: gets the run's folder under `fedcore.folder`, for whoever reports a defect.
+        meta: gets the run's folder, for whoever reports a defect.
     """
     from fedcore.simulations.run import new_folder, simulate
 
@@ -39,8 +39,9 @@ def run_experiment(
         assert file is not None
         experiment = load_experiment(file, overrides)
         folder = new_folder(out, experiment)
-    meta["fedcore.folder"] = str(folder)
-    _show_warnings(experiment)
+    meta[FOLDER] = folder
+    if resume is None:      # the settings of a run folder are complete, so none of them says what was meant
+        _show_warnings(experiment)
     console.print(f"{experiment.strategy_name} on {experiment.task_name}, {experiment.clients.count} clients, "
                   f"seed {experiment.seed}: {folder}", markup=False, soft_wrap=True)
     try:
@@ -86,7 +87,8 @@ def _conclude(console: Console, run: Run) -> int:
     console.print(pairs(rows))
     console.print(f"\nreport: {run.folder / REPORT_FILE}", markup=False, soft_wrap=True)
     if summary.get("stop_reason") == "interrupted":
-        console.print(f"continue: fedcore simulate --resume {run.folder}", markup=False, soft_wrap=True)
+        if (run.folder / CHECKPOINTS_FOLDER).is_dir():
+            console.print(f"continue: fedcore simulate --resume {run.folder}", markup=False, soft_wrap=True)
         return INTERRUPTED
     target = summary.get("target") or {}
     if target and summary.get("time_to_target_s") is None:
@@ -99,7 +101,8 @@ def _conclude(console: Console, run: Run) -> int:
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures of a run that its last screen shows, as pairs of texts."""
     reasons = {"target": "the target is reached", "seconds": "the time is over", "rounds": "all rounds are done",
-               "client_updates": "all client updates are done", "interrupted": "it was interrupted"}
+               "client_updates": "all client updates are done", "interrupted": "it was interrupted",
+               "finished": "the app has finished"}
     reason = str(summary.get("stop_reason"))
     rows = [
         ("stopped because", reasons.get(reason, reason)),
@@ -125,14 +128,14 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def run_flower_app(
-    app: Path, file: Path | None, overrides: Sequence[str], out: Path | None, workers: int,
-    meta: MutableMapping[str, Any],
+    app: Path, file: Path | None, overrides: Sequence[str], out: Path | None, workers: int
 ) -> int:
     """Run a stranger's Flower app in virtual time; returns the exit status."""
     from fedcore.simulations.flower_app import simulate_app
 
     console = make_console()
-    run = simulate_app(app, file, out=out, workers=workers, overrides=overrides)
+    with Progress(console, f"Flower app {app.resolve().name}", Figures({})) as progress:
+        run = simulate_app(app, file, out=out, workers=workers, overrides=overrides, on_row=progress.on_row)
     return _conclude(console, run)
 
 

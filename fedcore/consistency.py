@@ -100,10 +100,11 @@ def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy
     steps_given = {"local_steps", "local_epochs"} & _keys(given, "train")
     if steps_given and hasattr(strategy, "rules") and hasattr(strategy.rules, "max_local_steps"):
         found.append(f"train.{steps_given.pop()} has no effect: {name} chooses every client's local steps itself.")
-    if _keys(given, "round") & {"deadline_s", "min_replies_share"} and _is_event_driven(strategy):
+    waits = experiment.round.deadline_s is not None or experiment.round.min_replies_share < 1
+    if waits and _is_event_driven(strategy):
         found.append(f"round.deadline_s and round.min_replies_share have no effect: {name} has no rounds to wait for.")
-    if "partition" in _keys(given, "clients") and task is not None and not hasattr(task, "training_data"):
-        partition = name_of(experiment.clients.partition)
+    partition = name_of(experiment.clients.partition)
+    if partition != "iid" and task is not None and not hasattr(task, "training_data"):
         found.append(f"clients.partition: {partition} has no effect: the task {experiment.task_name} says itself who "
                      "has what.")
     if experiment.evaluate.where == "none":

@@ -49,20 +49,24 @@ class Figures:
         self.failures += row["event"] in ("failure", "refused")
 
     def share_done(self) -> tuple[float, str]:
-        """Return how much of the nearest limit is used up, in [0, 1], and which limit that is."""
+        """Return how much of the nearest limit is used up, in [0, 1], and that limit in words."""
         updates = self.totals["client_updates"]
         rounds = self.version if self.updates_per_round is None else updates / self.updates_per_round
         used = {"seconds": self.time_s, "rounds": rounds, "client_updates": updates}
-        shares = [(min(1.0, used[name] / limit), name) for name, limit in self.limits.items()]
-        return max(shares, default=(0.0, ""))
+        share, name = max(((used[name] / limit, name) for name, limit in self.limits.items()), default=(0.0, ""))
+        if not name:
+            return 0.0, ""
+        limit = self.limits[name]
+        words = seconds(limit) if name == "seconds" else f"{count(limit)} {name.replace('_', ' ')}"
+        return min(1.0, share), plain_spaces(words)
 
     def words(self) -> list[str]:
         """Return the figures as short texts."""
         up, down = self.totals["bytes_up"], self.totals["bytes_down"]
         texts = [
-            f"t {seconds(self.time_s)}", f"version {count(self.version)}",
+            f"t {seconds(self.time_s)}", f"v {count(self.version)}",
             *(f"{name.replace('_', ' ')} {metric_figure(name, value)}" for name, value in self.metrics.items()),
-            f"{count(self.totals['client_updates'])} updates", f"{data_size(up)} up", f"{data_size(down)} down",
+            f"{count(self.totals['client_updates'])} updates", f"{data_size(up)} up, {data_size(down)} down",
         ]
         if self.failures:
             texts.append(f"{count(self.failures)} failures")
@@ -82,6 +86,7 @@ class Progress:
         self.console, self.title, self.figures = console, title, figures
         self._live: Live | None = None
         self._next_line = 0.0
+        self._rows = 0
 
     @classmethod
     def of(cls, console: Console, experiment: Experiment) -> Self:
@@ -109,26 +114,27 @@ class Progress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        else:
+        elif self._rows:
             self._print_line()
 
     def on_row(self, row: dict[str, Any]) -> None:
         """Take note of a row of metrics, and print a line if it is time to."""
         self.figures.take(row)
+        self._rows += 1
         if self._live is None and time.monotonic() >= self._next_line:
             self._print_line()
             self._next_line = time.monotonic() + LINE_EVERY_S
 
     def _print_line(self) -> None:
-        share, _ = self.figures.share_done()
-        line = "  ".join([f"{100 * share:3.0f} %", *self.figures.words()])
+        share, limit = self.figures.share_done()
+        line = "  ".join([f"{100 * share:3.0f} %"] * bool(limit) + self.figures.words())
         self.console.print(Text(line), soft_wrap=True)
 
     def _bar(self) -> Group:
         share, limit = self.figures.share_done()
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            Text(self.title, style="bold"), ProgressBar(total=1.0, completed=share, width=30),
-            Text(f"{100 * share:.0f} % of {limit.replace('_', ' ')}" if limit else ""),
+            Text(self.title, style="bold"), ProgressBar(total=1.0, completed=share, width=30, pulse=not limit),
+            Text(f"{100 * share:.0f} % of {limit}" if limit else ""),
         )
         return Group(bar, Text(" · ".join(self.figures.words())))

@@ -37,14 +37,15 @@ def one_screen(error: Exception, width: int | None = None) -> str:
     width = min(ERROR_WIDTH, width or make_console(stderr=True).width)
     if not isinstance(error, BadExperiment):
         lines = [row for line in str(error).splitlines() for row in _wrapped(line, width, "")]
-        return "\n".join(_cut(lines, ERROR_ROWS))
+        # A client's traceback says most at its end.
+        return "\n".join(lines if len(lines) <= ERROR_ROWS else [*lines[:4], "...", *lines[5 - ERROR_ROWS:]])
     lines = _wrapped(str(error).splitlines()[0], width - len("Error: "), "")
     for index, problem in enumerate(error.problems):
         rows = _wrapped(f"- {problem}", width, "  ")
         left = len(error.problems) - index
         if len(lines) + len(rows) > ERROR_ROWS - (1 if left > 1 else 0):
             rest = ERROR_ROWS - len(lines) - 1
-            lines += [f"... and {left} more."] if index else _cut(rows, rest)
+            lines += [f"... and {left} more."] if index else [*rows[:rest - 1], "..."]
             break
         lines += rows
     return "\n".join(lines)
@@ -53,10 +54,6 @@ def one_screen(error: Exception, width: int | None = None) -> str:
 def _wrapped(line: str, width: int, indent: str) -> list[str]:
     return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False,
                          replace_whitespace=False, drop_whitespace=True) or [""]
-
-
-def _cut(lines: Sequence[str], rows: int) -> list[str]:
-    return [*lines] if len(lines) <= rows else [*lines[:rows - 1], "..."]
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -98,4 +95,5 @@ def show_logs(verbose: bool) -> None:
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
-        logging.getLogger("flwr").setLevel(logging.ERROR)
+        # A filter, because Flower sets its logger's level when it is imported, and that is later.
+        logging.getLogger("flwr").addFilter(lambda record: record.levelno >= logging.ERROR)
