@@ -22,8 +22,10 @@ from fedcore.simulations.network import Network
 
 logger = logging.getLogger("fedcore")
 
-# An app that asks for the nodes so often, slowly and in vain, waits for nodes that will never come.
-MAX_IDLE_POLLS, SLOW_POLL_S = 12, 0.1
+# An app that asks for the nodes again and again waits for more of them: when it pauses between its questions, or has
+# asked so often without a pause. It waits in vain after a few questions if none can come, else after many.
+SLOW_POLL_S, MAX_QUICK_POLLS = 0.1, 1000
+MAX_HOPELESS_POLLS, MAX_IDLE_POLLS = 12, 1000
 
 
 class VirtualGrid(Grid):
@@ -85,33 +87,46 @@ class VirtualGrid(Grid):
         Raises:
             NothingCanHappen: it keeps asking, and no node will ever come.
         """
-        self._idle_polls += 1
-        if self._idle_polls > 2:
-            slow = time.monotonic() - self._last_poll > SLOW_POLL_S
-            if self.engine.heap.next_at() is not None:
-                if slow and (event := self.next_event(None)) is not None:
-                    self._keep(event)
-            elif slow and self._idle_polls > MAX_IDLE_POLLS:
-                raise NothingCanHappen(
-                    f"The app keeps waiting for more nodes than the {self.num_nodes - len(self.engine.offline)} that are "
-                    f"online (of {self.num_nodes}). Simulate more nodes, or ask for fewer (min_available_nodes)."
-                )
-        self._last_poll = time.monotonic()
+        self._note_idle_poll()
         if not self.engine.offline:
             return list(range(FIRST_NODE_ID, FIRST_NODE_ID + self.num_nodes))
         return [FIRST_NODE_ID + index for index in range(self.num_nodes) if index not in self.engine.offline]
 
+    def _note_idle_poll(self) -> None:
+        """Find out whether the app waits for nodes: a pause between two questions, or very many of them, say so."""
+        self._idle_polls += 1
+        if self._idle_polls > MAX_QUICK_POLLS or (
+            self._idle_polls > 2 and time.monotonic() - self._last_poll > SLOW_POLL_S
+        ):
+            self._wait_for_nodes()
+        self._last_poll = time.monotonic()
+
+    def _wait_for_nodes(self) -> None:
+        online, waited = self.num_nodes - len(self.engine.offline), self._idle_polls
+        can_change = self.engine.heap.next_at() is not None
+        if waited > MAX_QUICK_POLLS + MAX_IDLE_POLLS or (waited > MAX_HOPELESS_POLLS and not can_change):
+            raise NothingCanHappen(
+                f"The app keeps waiting for more nodes than the {online} that are online (of {self.num_nodes}). "
+                "Simulate more nodes, or ask for fewer (min_available_nodes)."
+            )
+        if can_change and (event := self.next_event(None)) is not None:
+            self._keep(event)
+
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
         """Send messages; returns their ids in order, None for a node that is not there."""
-        self._idle_polls = 0
-        return [self.engine.push(message) for message in messages]
+        sent = [self.engine.push(message) for message in messages]
+        if any(name is not None for name in sent):
+            self._idle_polls = 0
+        elif sent:
+            self._note_idle_poll()
+        return sent
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that have arrived; when there is none, wait for the first one."""
         wanted = dict.fromkeys(message_ids)
         self._idle_polls = 0
         unknown = [self._no_reply(name) for name in wanted if name not in self.engine.tasks and name not in self._inbox]
-        while not unknown and wanted and not any(name in self._inbox for name in wanted):
+        while any(name in self.engine.tasks for name in wanted) and not any(name in self._inbox for name in wanted):
             event = self.next_event(None)
             if event is None:
                 break
@@ -127,7 +142,8 @@ class VirtualGrid(Grid):
         while missing:
             event = self.next_event(limit)
             if event is None or event.kind == "time":
-                logger.warning("%d of %d replies had not arrived after %s virtual seconds.", len(missing), len(sent), timeout)
+                logger.warning("%d of %d replies had not arrived after %s virtual seconds.", len(missing), len(sent),
+                               timeout)
                 self.engine.forgotten |= missing
                 break
             if event.message is not None and event.message.metadata.reply_to_message_id in missing:
