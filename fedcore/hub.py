@@ -1,4 +1,5 @@
 """The hub: all that a server strategy can see and touch."""
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from fedcore.payload import ARRAYS, CONFIG, VectorRecord, read_train_reply
 from fedcore.recorder import Recorder
 from fedcore.tasks import Answer, Failure, Node, Replies, Reply, Task, as_plain
 from fedcore.vectors import Model
+
+logger = logging.getLogger("fedcore")
 
 # A node that fails so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
@@ -128,6 +131,11 @@ class Hub(Exchange):
     def log(self, **figures: Any) -> None:
         """Write figures to the metrics."""
         self.recorder.metric(self._now, "log", version=self.version, **figures)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something about the run: now, and in the metrics and the report."""
+        logger.warning("%s", text)
+        self.log(warning=text)
 
     def evaluate(self, nodes: Sequence[Node] | None = None) -> None:
         """Evaluate the current version where the run's options say; a poll of clients is written when all answered."""

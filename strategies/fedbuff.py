@@ -113,11 +113,11 @@ class FedBuff(EventStrategy):
     def on_start(self, hub: Hub) -> None:
         places = hub.expected if self.concurrency is None else min(self.concurrency, hub.expected)
         if self.buffer_size > places:
-            advice = f"Only {places} clients train at once, so each step would use updates of one client several times."
+            advice = f"only {places} clients train at once, so each step would use updates of one client several times."
             if self.wait:
                 raise InvalidSetting("buffer_size", self.buffer_size, f"at most {places} when clients wait",
                                      "Otherwise all of them would wait for ever.")
-            hub.log(warning=f"buffer_size={self.buffer_size}. {advice}")
+            hub.warn(f"buffer_size={self.buffer_size}: {advice}")
         for node in hub.nodes if places >= len(hub.nodes) else [self._draw(hub) for _ in range(places)]:
             assert node is not None
             self.hand_out(hub, node)

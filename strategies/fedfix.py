@@ -284,7 +284,7 @@ class FedFix(EventStrategy):
         """Hand out work, at the pace measured before if the node was here earlier."""
         partition, lists = node.partition, (self.importance, self.task_times_s)
         if any(isinstance(values, list) and partition >= len(values) for values in lists):
-            hub.log(warning=f"Node {partition} gets no work: importance or task_times_s has no value for it.")
+            hub.warn(f"Node {partition} gets no work: importance or task_times_s has no value for it.")
             return
         if isinstance(self.importance, list):
             self.raw_importance[partition] = float(self.importance[partition])
@@ -348,7 +348,7 @@ class FedFix(EventStrategy):
     def _warn(self, hub: Hub, topic: str, text: str) -> None:
         if topic not in self.told:
             self.told.add(topic)
-            hub.log(warning=text)
+            hub.warn(text)
 
     # ---- what survives a restart --------------------------------------------------------------------------------
 
