@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedcore.checkpoint import Checkpoints
 from fedcore.clients.build import build_task, train_settings
+from fedcore.clients.data import as_dataset
 from fedcore.clients.evaluation import server_evaluation
 from fedcore.clients.modules import initial_model
 from fedcore.clients.torch_client import torch_client
@@ -255,8 +256,9 @@ class _Simulation:
         rows = []
         for partition in range(min(self.settings.clients.count, MAX_DESCRIBED_CLIENTS)):
             labels = self.task.labels(partition) if hasattr(self.task, "labels") else None
+            count = len(as_dataset(self.task.data(partition)))
             speed = self.grid.engine.devices.seconds_per_step(partition)
-            rows.append({"node": partition, "num_examples": len(self.task.data(partition)), "labels": labels,
+            rows.append({"node": partition, "num_examples": count, "labels": labels,
                          "seconds_per_step": speed})
         write_atomically(self.folder / CLIENTS_FILE, json.dumps(plain(rows)))
 
