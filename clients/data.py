@@ -1,7 +1,7 @@
 """Examples as tensors: shared by all clients of a process, viewed through indices, fetched one batch at a time."""
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from fedcore.errors import BadInput
 EVALUATION_BATCH = 1024
 
 
-@runtime_checkable
 class Dataset(Protocol):
     """What training needs of a client's data."""
 
@@ -48,9 +47,10 @@ class Samples:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets at `indices`, shape (batch,), each in 0 .. len - 1."""
-        rows = indices if self.indices is None else self.indices[indices]
-        inputs = self.inputs[rows]
-        return inputs if self.transform is None else self.transform(inputs), self.targets[rows]
+        # `index_select` takes half the time of brackets, which matters for small models.
+        rows = indices if self.indices is None else self.indices.index_select(0, indices)
+        inputs = self.inputs.index_select(0, rows)
+        return inputs if self.transform is None else self.transform(inputs), self.targets.index_select(0, rows)
 
     def subset(self, indices: Tensor) -> "Samples":
         """Return a view of the examples at `indices` of this one."""
@@ -85,7 +85,7 @@ def as_dataset(data: Any) -> Dataset:
     Raises:
         BadInput: it is none of these.
     """
-    if isinstance(data, Dataset):
+    if isinstance(data, Samples) or callable(getattr(data, "batch", None)):
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return Samples(*data)

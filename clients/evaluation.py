@@ -74,4 +74,6 @@ def regression_metrics(model: nn.Module, data: Dataset) -> Mapping[str, float]:
 
 def flat_scores(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return scores of shape (rows, classes) and targets of shape (rows,), one row per predicted token or example."""
+    if scores.dim() == 2:
+        return scores, targets
     return scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
