@@ -35,7 +35,7 @@ def build_task(experiment: Experiment) -> Task:
         partitioner = build("partitions", experiment.clients.partition, "clients.partition")
         task = PartitionedTask(built, partitioner, count, seed, share)
     missing = [name for name in METHODS if not callable(getattr(task, name, None))]
-    if missing:
+    if missing and not hasattr(task, "client_app"):
         raise InvalidSetting(
             "task", experiment.task_name, "a task", f"{type(built).__name__} has no method {missing[0]}()."
         )

@@ -10,7 +10,7 @@ from fedcore.clients.partitions import Classes
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import PartitionedTask
 from fedcore.config import load_experiment
-from fedcore.errors import BadInput, InvalidSetting
+from fedcore.errors import BadInput
 from tests.clients.lab import node, request
 
 
@@ -100,7 +100,7 @@ def test_a_task_of_ones_own_is_named_by_its_class(own_module):
 
 
 def test_a_class_that_is_no_task_is_refused(own_module):
-    with pytest.raises(InvalidSetting, match=r"Unfinished has no method loss\(\)"):
+    with pytest.raises(BadInput, match=r"Unfinished has no method loss\(\)"):
         build_task(experiment(task="own_task:Unfinished", evaluate={"where": "none"}))
 
 
