@@ -74,8 +74,8 @@ def line_chart(plot: Plot) -> Markup:
     if plot.level:
         height = y_scale.place(plot.level[0])
         body += Markup('<path class="level" d="M0 {0}H{1}"/>').format(_y(height), WIDTH)
-        overlay += Markup('<span class="flag level-flag{}" style="bottom:{:.2f}%">{}</span>').format(
-            " below" if ys[0] < plot.level[0] else "", height * 100, plot.level[1])    # where a curve has left
+        overlay += Markup('<span class="flag level-flag {}" style="bottom:{:.2f}%">{}</span>').format(
+            _free_side(ys, plot.level[0], y_scale), height * 100, plot.level[1])
     for at, words in plot.marks:
         place = x_scale.place(at)
         body += Markup('<path class="mark" d="M{} 0V{}"/>').format(_x(place), WIDTH)
@@ -132,7 +132,7 @@ def gridlines(x_scale: Scale, y_scale: Scale) -> Markup:
 def legend_of(entries: Iterable[tuple[int | str, str]]) -> Markup:
     """Return a legend of (palette number or class, label); empty for none."""
     items = Markup().join(Markup('<li><i class="{}"></i>{}</li>').format(
-        f"c{key % COLOURS}" if isinstance(key, int) else key, label) for key, label in entries)
+        f"c{key % COLOURS}" if isinstance(key, int) else f"key-{key}", label) for key, label in entries)
     return Markup('<ul class="legend">{}</ul>').format(items) if items else Markup()
 
 
@@ -178,6 +178,18 @@ def _drawn(line: Line, x_scale: Scale, y_scale: Scale) -> Markup:
     if len(dots) <= DOTTED_UP_TO:
         drawn += Markup('<path class="dots {}" d="{}"/>').format(tint, "".join(dots))
     return drawn
+
+
+def _free_side(ys: Sequence[float], level: float, scale: Scale) -> str:
+    """Return where words at a level are not in the way of a curve.
+
+    That is beyond the level, or where a curve goes on beyond it, at the end on the side that it came from.
+    """
+    rising = ys[0] < level
+    passed = max(ys) if rising else min(ys)
+    beyond = abs(scale.place(passed) - scale.place(level)) > 0.03 and (passed > level) == rising
+    above = rising != beyond
+    return f"{'above' if above else 'below'}{' end' if beyond else ''}"
 
 
 def _y_ticks(scale: Scale) -> Markup:

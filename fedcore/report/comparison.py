@@ -16,9 +16,9 @@ from markupsafe import Markup
 from fedcore.errors import InvalidSetting
 from fedcore.measures import smaller_is_better
 from fedcore.recorder import write_atomically
-from fedcore.report.charts import COLOURS, Line, Plot, legend_of, line_chart
+from fedcore.report.charts import COLOURS, Line, Plot, line_chart
 from fedcore.report.facts import Facts, facts_of
-from fedcore.report.gantt import Window, chart, chosen_nodes, legend_entries
+from fedcore.report.gantt import MOST_TASKS, Window, chart, chosen_nodes, legend_for
 from fedcore.report.page import AXES, Section, part, render
 from fedcore.report.scales import (
     SECONDS,
@@ -33,7 +33,7 @@ from fedcore.report.scales import (
     seconds,
 )
 from fedcore.report.words import clock_of, main_metric, plain_rows, title_of
-from fedcore.runs import Run, best_of, finite, target_of
+from fedcore.runs import Row, Run, best_of, finite, target_of
 
 FIGURES = ("time_to_target_s", "updates_to_target", "bytes_to_target", "client_updates", "client_steps", "bytes_up",
            "bytes_down", "best_accuracy", "final_loss", "versions", "time_s")
@@ -117,12 +117,18 @@ def groups_of(folders: Sequence[str | Path]) -> list[Group]:
     settings: dict[tuple, dict[str, str]] = {}
     for folder in folders:
         run = Run(folder)
-        own = {path: value for path, value in plain_rows(run.config) if path != "seed"}
+        own = {path: value for path, value in plain_rows(spelt_out(run.config)) if path != "seed"}
         key = (*title_of(run), *sorted(own.items()))
         together[key].append(run)
         settings[key] = own
     named = labels_for([(key, runs, settings[key]) for key, runs in together.items()])
     return [Group(named[key], runs, settings[key]) for key, runs in together.items()]
+
+
+def spelt_out(config: Row) -> Row:
+    """Return settings with `strategy: fedavg` written as `strategy: {name: fedavg}`, so that both compare equal."""
+    return {key: {"name": value} if key in ("strategy", "task") and isinstance(value, str) else value
+            for key, value in config.items()}
 
 
 def labels_for(groups: Sequence[tuple[tuple, list[Run], Mapping[str, str]]]) -> dict[tuple, str]:
@@ -325,19 +331,17 @@ def timelines(groups: Sequence[Group], target: Target | None) -> Section:
     reached = [run.time_to(target.metric, target.value) for group in shown for run in group.runs[:1]] if target else []
     known = [at for at in reached if at]
     end = min(min(known, default=math.inf), *(group.facts.end for group in shown))
-    charts, tasks = [], []
+    charts = []
     for group in shown:
         nodes, _ = chosen_nodes(group.facts)
         near = [task for task in group.facts.tasks if task.node in set(nodes) and task.start < end]
         updates = [at for row in group.runs[0].rows("update") if (at := finite(row.get("time_s"))) is not None]
         charts.append(chart(group.label, group.facts, near, Window(nodes, 0.0, end, clock_of(group.runs[0])), updates,
-                            as_strips=len(near) > 2_000))
-        tasks += near
-    legend = legend_of(legend_entries(tasks, any(task.group is not None for task in tasks),
-                                      any(group.facts.offline for group in shown)))
+                            as_strips=len(near) > MOST_TASKS))
+    drawn = Markup().join(charts)
     waits = ", ".join(f"{group.label} {percent(group.facts.spent.share('waiting'))}"
                       for group in shown if group.facts.spent is not None)
-    return Section("timelines", "Clients in time", legend + Markup().join(charts),
+    return Section("timelines", "Clients in time", legend_for(drawn) + drawn,
                    f"The first {seconds(end)} of each (first seed): until the soonest met the target or ended. "
                    f"Share of client time spent waiting over the whole run: {waits}.")
 

@@ -5,7 +5,7 @@ row without usable times is left out here rather than trusted.
 """
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedcore.runs import Row, Run, finite
@@ -22,17 +22,31 @@ class Task:
     start: float
     end: float
     download: float
-    upload: float           # with the time queued at a shared link
+    queue: float            # received, but its turn has not come: the client is at another task
     compute: float
+    upload: float
     steps: int
     staleness: int | None
     outcome: str
     group: object = None
 
     @property
+    def worked_from(self) -> float:
+        return min(self.start + self.download + self.queue, self.end)
+
+    @property
+    def worked_until(self) -> float:
+        return min(self.worked_from + self.compute, self.end)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was called off, as the end of a run calls off whatever is under way."""
+        return self.outcome == "cancelled"
+
+    @property
     def failed(self) -> bool:
-        """Whether the task's work was lost: failed, lost, refused or cancelled."""
-        return self.outcome != "ok"
+        """Whether the task's work was lost: failed, lost or refused."""
+        return self.outcome not in ("ok", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,9 @@ class Facts:
 
 def facts_of(run: Run) -> Facts:
     """Return the derived figures of a run."""
-    tasks = tasks_of(run.timeline)
+    tasks = tasks_of(run.timeline, {node: speed for row in run.clients if (node := node_of(row)) is not None
+                                    and (speed := finite(row.get("seconds_per_step"))) is not None},
+                     default_steps(run.config))
     ends = [task.end for task in tasks] + [finite(row.get("time_s")) or 0.0 for row in run.metrics]
     end = max([finite(run.summary.get("time_s")) or 0.0, *ends])
     offline = offline_spans(run.metrics, tasks, end)
@@ -111,21 +127,40 @@ def facts_of(run: Run) -> Facts:
     return Facts(end, tasks, offline, clients, staleness, sum(parts, Spent()) if parts else None, lost)
 
 
-def tasks_of(timeline: Iterable[Row]) -> list[Task]:
-    """Return the tasks of a timeline, by node and start; rows without usable times or node are left out."""
+def default_steps(config: Row) -> int:
+    """Return the local steps of a task whose row does not say: the experiment's, 0 when it says nothing either."""
+    train = config.get("train")
+    return int(finite(train.get("local_steps")) or 0) if isinstance(train, dict) else 0
+
+
+def tasks_of(timeline: Iterable[Row], speeds: Mapping[int, float] | None = None, usual_steps: int = 0) -> list[Task]:
+    """Return the tasks of a timeline, by node and start; rows without usable times or node are left out.
+
+    A row ends when its task was answered for: in rounds that is when the round closed, so the parts decide when the
+    client was done. Where a task ended without telling its parts (called off, lost), its work is taken to have lasted
+    as long as its steps take on that client, and the rest of its time was waiting.
+
+    Args:
+        speeds: seconds per step by node.
+        usual_steps: steps of a task whose row does not tell.
+    """
     tasks = []
     for row in timeline:
         start, end, node = finite(row.get("start_s")), finite(row.get("end_s")), node_of(row)
         if start is None or end is None or end < start or node is None:
             continue
-        download, upload = _part(row, "download_s"), _part(row, "upload_s") + _part(row, "queue_s")
-        compute = finite(row.get("compute_s"))
+        download, queue, upload = (_part(row, name) for name in ("download_s", "queue_s", "upload_s"))
+        compute, known_steps = finite(row.get("compute_s")), row.get("local_steps")
+        outcome = str(row.get("outcome") or "ok")
+        steps = int(finite(known_steps) or 0) if known_steps is not None else usual_steps
         if compute is None:     # unknown: what is not transfer counts as work
-            compute = max(end - start - download - upload, 0.0)
+            compute = max(end - start - download - queue - upload, 0.0)
+            if outcome != "ok" and speeds is not None and node in speeds and steps:
+                compute = min(compute, steps * speeds[node])
         staleness = finite(row.get("staleness"))
-        tasks.append(Task(node, _kind(row), start, end, download, upload, compute,
-                          int(finite(row.get("local_steps")) or 0), None if staleness is None else int(staleness),
-                          str(row.get("outcome") or "ok"), row.get("group")))
+        end = min(end, start + download + queue + compute + upload)
+        tasks.append(Task(node, _kind(row), start, end, download, queue, compute, upload, steps,
+                          None if staleness is None else int(staleness), outcome, row.get("group")))
     return sorted(tasks, key=lambda task: (task.node, task.start, task.end))
 
 
@@ -148,7 +183,7 @@ def clients_of(run: Run, tasks: Sequence[Task], offline: dict[int, list[tuple[fl
             node=node, examples=None if examples is None else int(examples),
             labels=[int(finite(value) or 0) for value in labels] if isinstance(labels, list) else None,
             seconds_per_step=finite(row.get("seconds_per_step")), updates=updates[node],
-            steps=sum(task.steps for task in own if task.kind == TRAINING and not task.failed),
+            steps=sum(task.steps for task in own if task.kind == TRAINING and task.outcome == "ok"),
             weight=weights.get(node, 0.0) if weights else None, staleness=statistics.fmean(stale) if stale else None,
             failures=failures[node], spent=time_spent(own, offline.get(node, []), end) if tasks else None))
     return clients
@@ -209,7 +244,8 @@ def time_spent(tasks: Sequence[Task], offline: Sequence[tuple[float, float]], en
     training = sum(task.compute for task in tasks if task.kind == TRAINING)
     evaluating = sum(task.compute for task in tasks if task.kind != TRAINING)
     transfer = sum(task.download + task.upload for task in tasks)
-    spans = sorted([*((task.start, task.end) for task in tasks), *offline])
+    spans = sorted([*((task.start, min(task.start + task.download, task.end)) for task in tasks),
+                    *((task.worked_from, task.end) for task in tasks), *offline])
     covered, reached = 0.0, 0.0
     for since, until in spans:
         covered += max(0.0, min(until, end) - max(since, reached))

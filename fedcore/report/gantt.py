@@ -23,6 +23,10 @@ STRIP_BINS, STRIP_SHADES = 240, 6
 GROUP_COLOURS = 6
 CLOSER_LOOK_FROM = 14       # tasks per client from which the beginning is shown enlarged
 CLOSER_LOOK_TASKS = 7       # tasks of the median client in that enlarged part
+LEGEND = (("g", "training, coloured by arrival group"), ("training", "training"),
+          ("ungrouped", "training outside any group"), ("transfer", "download, upload"),
+          ("evaluating", "evaluation and queries"), ("waiting", "waiting"), ("offline", "away"),
+          ("cancelled", "called off unfinished"), ("failed", "work that was lost"), ("version", "model updated"))
 LABELLED_FROM = 0.045       # width of a task, as a share of the chart, from which its steps are written on it
 ROW = 10                    # height of a row in drawing units
 FULL_NAMES = 16             # clients up to which rows are tall and named in full
@@ -50,7 +54,6 @@ def timeline(facts: Facts, updates: Sequence[float], clock: str) -> tuple[Markup
     nodes, remarks = chosen_nodes(facts)
     tasks = [task for task in facts.tasks if task.node in set(nodes)]
     whole = Window(nodes, 0.0, facts.end, clock)
-    grouped = any(task.group is not None for task in tasks)
     strips = len(tasks) > MOST_TASKS
     if strips:
         remarks.append(f"{len(tasks):,} tasks are too many to tell apart here, so the whole run is drawn as strips: "
@@ -61,7 +64,8 @@ def timeline(facts: Facts, updates: Sequence[float], clock: str) -> tuple[Markup
         near = [task for task in tasks if task.start < closer.end]
         remarks.append(f"The closer look shows the first {seconds(closer.end)}; numbers on bars are local steps.")
         charts.append(chart("A closer look at the beginning", facts, near, closer, updates))
-    return legend_of(legend_entries(tasks, grouped, bool(facts.offline))) + Markup().join(charts), remarks
+    drawn = Markup().join(charts)
+    return legend_for(drawn) + drawn, remarks
 
 
 def chosen_nodes(facts: Facts) -> tuple[list[int], list[str]]:
@@ -91,24 +95,9 @@ def closer_window(tasks: Sequence[Task], whole: Window) -> Window | None:
     return Window(whole.nodes, start, end, whole.clock) if end < 0.6 * whole.end else None
 
 
-def legend_entries(tasks: Sequence[Task], grouped: bool, offline: bool) -> list[tuple[int | str, str]]:
-    """Return what the colours mean, for the colours that occur."""
-    entries: list[tuple[int | str, str]] = [("training", "training")]
-    if grouped:
-        entries = [("groups", "training, one colour per arrival group (colours repeat)")]
-        if any(task.group is None and task.kind == TRAINING for task in tasks):
-            entries.append(("training", "training without a group"))
-    if any(task.download or task.upload for task in tasks):
-        entries.append(("transfer", "download, upload"))
-    if any(task.kind != TRAINING for task in tasks):
-        entries.append(("evaluating", "evaluation and queries"))
-    entries.append(("waiting", "waiting"))
-    if offline:
-        entries.append(("offline", "away"))
-    if any(task.failed for task in tasks):
-        entries.append(("failed", "work that was lost"))
-    entries.append(("version", "model updated"))
-    return entries
+def legend_for(drawn: Markup) -> Markup:
+    """Return what the colours mean, for the colours that occur in the charts."""
+    return legend_of((name, words) for name, words in LEGEND if f'<path class="{name}' in drawn or name == "waiting")
 
 
 def chart(title: str, facts: Facts, tasks: Sequence[Task], window: Window, updates: Sequence[float],
@@ -159,21 +148,19 @@ def server_row(updates: Sequence[float], scale: Scale) -> Markup:
 def bars(tasks: Sequence[Task], rows: dict[int, int], scale: Scale) -> Markup:
     """Return every task as bars: transfers thin, work tall and coloured by kind or group."""
     boxes: dict[str, list[str]] = defaultdict(list)
+    grouped = any(task.group is not None for task in tasks)
     for task in tasks:
-        if task.end < scale.low or task.start > scale.high:
+        if task.end < scale.low or task.start > scale.high or task.end == task.start:
             continue
         row = rows[task.node]
-        received = min(task.start + task.download, task.end)
-        worked = min(received + task.compute, task.end)
         if task.download:
-            boxes["transfer"].append(_box(scale, row, task.start, received, 3, 4))
-        if task.compute or not task.failed:
-            boxes[_colour(task)].append(_box(scale, row, received, worked, 1, 8))
-        if task.failed and worked < task.end and not task.upload:     # lost on the way, or waited for in vain
-            boxes["failed"].append(_box(scale, row, worked, task.end, 4, 2))
-        elif task.upload:
-            boxes["transfer"].append(_box(scale, row, max(task.end - task.upload, worked), task.end, 3, 4))
-    order = ["transfer", "training", *(f"g{index}" for index in range(GROUP_COLOURS)), "evaluating", "failed"]
+            boxes["transfer"].append(_box(scale, row, task.start, min(task.start + task.download, task.end), 3, 4))
+        if task.compute:
+            boxes[_colour(task, grouped)].append(_box(scale, row, task.worked_from, task.worked_until, 1, 8))
+        if task.upload:
+            boxes["transfer"].append(_box(scale, row, task.worked_until, task.end, 3, 4))
+    groups = [f"g{index}" for index in range(GROUP_COLOURS)]
+    order = ["transfer", "training", "ungrouped", *groups, "evaluating", "cancelled", "failed"]
     return Markup().join(_paths(name, boxes[name]) for name in order if name in boxes)
 
 
@@ -182,10 +169,9 @@ def strips(tasks: Sequence[Task], rows: dict[int, int], scale: Scale) -> Markup:
     width = (scale.high - scale.low) / STRIP_BINS
     busy: dict[tuple[int, int], float] = defaultdict(float)
     for task in tasks:
-        if task.kind != TRAINING or task.failed:
+        if task.kind != TRAINING or task.outcome != "ok":
             continue
-        since = max(task.start + task.download, scale.low)
-        until = min(since + task.compute, scale.high)
+        since, until = max(task.worked_from, scale.low), min(task.worked_until, scale.high)
         for index in range(int((since - scale.low) / width), min(math.ceil((until - scale.low) / width), STRIP_BINS)):
             left = scale.low + index * width
             busy[rows[task.node], index] += max(0.0, min(until, left + width) - max(since, left))
@@ -202,11 +188,11 @@ def step_labels(tasks: Sequence[Task], rows: dict[int, int], scale: Scale) -> Ma
     """Return the number of local steps, written on each bar that is wide enough."""
     labels = []
     for task in tasks:
-        since = scale.place(task.start + task.download)
-        until = scale.place(min(task.start + task.download + task.compute, task.end))
+        since, until = scale.place(task.worked_from), scale.place(task.worked_until)
         if task.kind == TRAINING and task.steps and until - since >= LABELLED_FROM:
-            labels.append(Markup('<b style="left:{:.2f}%;top:{:.2f}%">{}</b>').format(
-                50 * (since + until), 100 * (rows[task.node] + 0.5) / len(rows), task.steps))
+            labels.append(Markup('<b{} style="left:{:.2f}%;top:{:.2f}%">{}</b>').format(
+                Markup(' class="pale"') if task.cancelled else "", 50 * (since + until),
+                100 * (rows[task.node] + 0.5) / len(rows), task.steps))
     return Markup().join(labels)
 
 
@@ -214,10 +200,12 @@ def hover_data(tasks: Sequence[Task], rows: dict[int, int]) -> Markup:
     """Return the tasks as JSON for the pointer's tooltip: [row, start, end, what it was]."""
     listed = []
     for task in tasks:
+        if task.end == task.start:
+            continue
         words = {TRAINING: f"training, {task.steps} steps", EVALUATING: "evaluation", OTHER: "query"}[task.kind]
         more = [f"group {task.group}"] if task.group is not None else []
         more += [f"staleness {task.staleness}"] if task.staleness is not None else []
-        more += [task.outcome] if task.failed else []
+        more += [task.outcome] if task.outcome != "ok" else []
         listed.append([rows[task.node], round(task.start, 3), round(task.end, 3), f"client {task.node}",
                        ", ".join([words, *more])])
     text = json.dumps(listed, separators=(",", ":"))
@@ -232,13 +220,13 @@ def gridlines_down(scale: Scale, height: int) -> Markup:
         "".join(f"M{round(at * WIDTH)} 0V{height}" for at, _ in scale.ticks(8)))
 
 
-def _colour(task: Task) -> str:
-    if task.failed:
-        return "failed"
+def _colour(task: Task, grouped: bool) -> str:
+    if task.failed or task.cancelled:
+        return "failed" if task.failed else "cancelled"
     if task.kind != TRAINING:
         return "evaluating"
     if task.group is None:
-        return "training"
+        return "ungrouped" if grouped else "training"
     number = task.group if isinstance(task.group, int) else zlib.crc32(str(task.group).encode())
     return f"g{number % GROUP_COLOURS}"
 

@@ -16,6 +16,7 @@ from fedcore.report.gantt import timeline
 from fedcore.report.scales import (
     BYTES,
     COUNT,
+    NO_FIGURE,
     SECONDS,
     figure,
     metric_figure,
@@ -45,7 +46,7 @@ LONGEST_REASON = 400        # characters of a reason that are shown
 MOST_EXTRA_CURVES = 12
 EVALUATION_KEYS = {"time_s", "wall_s", "version", "where", "event", "client_updates", "client_steps", "bytes_up",
                    "bytes_down", "num_examples", "num-examples"}
-UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params"}
+UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group"}
 AXES = (("client_updates", "client updates", COUNT), ("bytes", "bytes, up and down", BYTES))
 
 
@@ -293,10 +294,11 @@ def failures_of(run: Run) -> Section:
 
 def settings_of(run: Run) -> Section:
     """Return the resolved experiment and the summary."""
-    summary = [(key, figure(value)) for key, value in run.summary.items()]
-    body = part("settings", config=plain_rows(run.config), summary=summary)
-    return Section("settings", "Settings and summary", body,
-                   "" if run.config else "The folder holds no config.yaml, so only the summary is shown.")
+    config, summary = ([row for row in plain_rows(content) if row[1] != NO_FIGURE]
+                       for content in (run.config, run.summary))
+    return Section("settings", "Settings and summary", part("settings", config=config, summary=summary),
+                   "What was not set or does not apply is left out." if run.config else
+                   "The folder holds no config.yaml, so only the summary is shown.")
 
 
 def _short(reason: str) -> str:

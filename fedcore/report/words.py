@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from fedcore.measures import smaller_is_better
 from fedcore.report.facts import Client, Facts
 from fedcore.report.scales import (
-    NO_FIGURE,
     count,
     data_size,
     figure,
@@ -20,7 +19,7 @@ REAL_TIME_ENGINES = ("grpc", "superlink")
 COUNTED = {"time_s", "wall_s", "versions", "client_updates", "client_steps", "bytes_up", "bytes_down", "final_loss",
            "final_accuracy", "best_accuracy", "time_to_target_s", "num_params", "failures", "refused", "lost",
            "evaluations", "seed", "peak_rss_mb", "rounds"}
-STOPPED = {"target": "It stopped there.", "interrupted": "It was interrupted by its user.",
+STOPPED = {"target": "The run stopped there.", "interrupted": "It was interrupted.",
            "error": "It ended with an error; the figures are those up to then."}
 SUMMARY_WORDS = {"epsilon": "privacy spent (ε)", "delta": "privacy (δ)", "queries": "function queries",
                  "gradients": "gradients", "exchanges": "exchanges", "consensus_distance": "consensus distance",
@@ -139,12 +138,12 @@ def _lost_work(facts: Facts) -> str:
     if not facts.lost_steps:
         return ""
     share = facts.lost_steps / (done + facts.lost_steps)
-    return f"{percent(share)} of the local steps asked for belonged to tasks whose result never reached the model."
+    return f"{percent(share)} of the local steps handed out were lost to failures, lost messages or refused replies."
 
 
 def warnings_of(run: Run) -> list[str]:
     """Return what a reader must know before believing the figures."""
-    said = []
+    said = [row["warning"] for row in run.rows("log") if "warning" in row]
     evaluations = run.rows("evaluate")
     broken = sum(any(metric in row and finite(row[metric]) is None for metric in ("loss", "accuracy"))
                  for row in evaluations)
@@ -185,7 +184,7 @@ def cards(run: Run, facts: Facts) -> list[Card]:
                       f"{data_size(finite(summary.get('bytes_down')))} sent to them"))
     if facts.spent is not None and facts.spent.online > 0:
         shown.append(Card(percent(facts.spent.share("waiting")), "of client time waiting"))
-    lost = sum(int(finite(summary.get(key)) or 0) for key in ("failures", "refused"))
+    lost = sum(len(run.rows(event)) for event in ("failure", "refused"))
     if lost:
         shown.append(Card(count(lost), "failed or refused", "see Failures"))
     return shown + special_cards(summary)
@@ -210,6 +209,5 @@ def plain_rows(content: Row, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict) and value:
             rows += plain_rows(value, f"{path}.")
         else:
-            rows.append((path, NO_FIGURE if value is None or value == {} else
-                         figure(value) if isinstance(value, float) else str(value)))
+            rows.append((path, figure(value) if isinstance(value, float) or value is None else str(value)))
     return rows

@@ -12,7 +12,8 @@ def rewrite_settings(folder, **changes):
 
 
 def test_the_soonest_at_the_target_comes_first(made_up_run):
-    rows = comparison_rows([made_up_run("a", strategy="fedavg", seconds=400.0, target=0.8), made_up_run("c", target=0.8)])
+    rows = comparison_rows([made_up_run("a", strategy="fedavg", seconds=400.0, target=0.8),
+                            made_up_run("c", target=0.8)])
     assert [row["label"] for row in rows] == ["fedcompass", "fedavg"]
     assert rows[0]["time_to_target_s"] < rows[1]["time_to_target_s"]
     assert rows[0]["target"].startswith("80")
@@ -42,6 +43,13 @@ def test_runs_of_one_strategy_are_told_apart_by_the_settings_that_differ(made_up
     few, many = made_up_run("few", local_steps=5), made_up_run("many", local_steps=50)
     assert {row["label"] for row in comparison_rows([few, many])} == {
         "fedcompass (local_steps=5)", "fedcompass (local_steps=50)"}
+
+
+def test_a_strategy_named_in_short_is_the_same_setting(made_up_run):
+    short = rewrite_settings(made_up_run("short"), strategy="fedcompass")
+    long = rewrite_settings(made_up_run("long", seed=1), strategy={"name": "fedcompass"})
+    [row] = comparison_rows([short, long])
+    assert row["runs"] == 2
 
 
 def test_runs_that_differ_in_much_are_told_apart_by_their_folder(made_up_run):

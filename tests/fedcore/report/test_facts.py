@@ -35,13 +35,15 @@ def test_time_that_nothing_explains_is_waiting(facts_from):
 
 def test_time_away_is_not_waiting(facts_from):
     facts = facts_from([task(0, 0, 2)], [{"time_s": 2.0, "event": "leave", "node": 0},
-                                         {"time_s": 8.0, "event": "join", "node": 0}, {"time_s": 10.0, "event": "stop"}])
+                                         {"time_s": 8.0, "event": "join", "node": 0},
+                                         {"time_s": 10.0, "event": "stop"}])
     assert facts.clients[0].spent.waiting == 2
     assert facts.clients[0].spent.offline == 6
 
 
 def test_a_client_that_left_for_good_is_away_until_the_end(facts_from):
-    facts = facts_from([task(0, 0, 2)], [{"time_s": 4.0, "event": "leave", "node": 0}, {"time_s": 9.0, "event": "stop"}])
+    facts = facts_from([task(0, 0, 2)], [{"time_s": 4.0, "event": "leave", "node": 0},
+                                         {"time_s": 9.0, "event": "stop"}])
     assert facts.offline == {0: [(4.0, 9.0)]}
 
 
@@ -75,6 +77,26 @@ def test_steps_of_lost_work_are_counted_apart(facts_from):
 def test_a_task_whose_parts_are_unknown_counts_as_work():
     [only] = tasks_of([task(0, 1.0, 3.0) | {"download_s": None, "queue_s": None, "compute_s": None, "upload_s": None}])
     assert (only.compute, only.download, only.upload) == (3.0, 0.0, 0.0)
+
+
+def test_a_task_of_a_round_ends_when_its_client_was_done_not_when_the_round_closed():
+    [only] = tasks_of([task(0, 0.0, 3.0, 0.5) | {"end_s": 10.0}])
+    assert (only.end, only.worked_from, only.worked_until) == (4.0, 0.5, 3.5)
+
+
+def test_waiting_for_its_turn_on_a_busy_client_is_no_second_work(facts_from):
+    late = task(0, 0, 2) | {"queue_s": 4.0, "end_s": 6.0}
+    facts = facts_from([task(0, 0, 4), late], [{"time_s": 6.0, "event": "stop"}])
+    assert facts.tasks[1].worked_from == 4
+    assert (facts.spent.training, facts.spent.waiting) == (6, 0)
+
+
+def test_work_called_off_lasts_as_long_as_its_steps_take_and_the_rest_is_waiting(facts_from):
+    row = task(0, 0, 9) | {"compute_s": None, "download_s": None, "upload_s": None, "outcome": "cancelled"}
+    facts = facts_from([row], [{"time_s": 9.0, "event": "stop"}],
+                       [{"node": 0, "num_examples": 1, "seconds_per_step": 0.2}])
+    assert (facts.spent.training, facts.spent.waiting) == (2, 7)
+    assert (facts.clients[0].steps, facts.lost_steps) == (0, 0)
 
 
 @pytest.mark.parametrize("broken", [{"end_s": None}, {"start_s": "soon"}, {"node": "1"}, {"node": True},

@@ -57,8 +57,8 @@ def test_a_report_tells_the_run_in_one_file(made_up_run):
     assert "fedcompass reached 96 % accuracy on digits" in page.words
     assert re.search(r"10 clients sent \d+ updates \([\d.k ]+ local steps\) in 12\d s of virtual time", page.words)
     assert "The target, 90 % accuracy, was met after 43.9 s." in page.words
-    assert re.search(r"Clients spent [\d.]+ % of their time training, [\d.]+ % sending and receiving, and [\d.]+ % waiting",
-                     page.words)
+    assert re.search(r"Clients spent [\d.]+ % of their time training, [\d.]+ % sending and receiving, "
+                     r"and [\d.]+ % waiting", page.words)
     assert {"learning", "timeline", "staleness", "contributions", "data", "settings"} <= set(page.ids)
 
 
@@ -182,6 +182,26 @@ def test_a_straggler_shows_in_the_time_spent_waiting(made_up_run):
     waiting = [float(re.search(r"and ([\d.]+) % waiting", words)[1]) for words in (synchronous, asynchronous)]
     assert waiting[0] > 50 > 10 > waiting[1]
     assert re.search(r"client \d waited the most", synchronous)
+
+
+def test_work_cut_off_by_the_end_is_not_called_lost(made_up_run):
+    folder = made_up_run()
+    with open(folder / "timeline.jsonl", "a") as file:
+        file.write(json.dumps({"task": 9_999, "node": 0, "kind": "train", "start_s": 120.0, "end_s": 126.0,
+                               "compute_s": None, "local_steps": 50, "outcome": "cancelled"}) + "\n")
+    words = page_of(folder).words
+    assert "called off unfinished" in words
+    assert "work that was lost" not in words and "were lost to failures" not in words
+
+
+@pytest.mark.parametrize("reason, words", [
+    ("target", "The run stopped there."), ("seconds", "It stopped after 120 s of virtual time, as set."),
+    ("interrupted", "It was interrupted."), ("error", "It ended with an error"), ("bored", "It stopped: bored.")])
+def test_the_report_says_why_the_run_stopped(made_up_run, reason, words):
+    folder = made_up_run()
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"stop_reason": reason}))
+    assert words in page_of(folder).words
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -68,9 +68,9 @@ def test_nothing_sticks_out_and_all_text_is_legible(page, width, tmp_path):
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_a_picture_of_the_page_shows_something(page, width, tmp_path):
+def test_a_picture_of_the_page_shows_something(made_up_run, width, tmp_path):
     picture = tmp_path / "page.png"
-    chromium(tmp_path / "profile", page, width, f"--screenshot={picture}")
+    chromium(tmp_path / "profile", write_report(made_up_run()), width, f"--screenshot={picture}")
     shot_width, shot_height, values = pixels_of(picture.read_bytes())
     assert (shot_width, shot_height) == (width, 2400)
     assert values > 100
