@@ -1,12 +1,13 @@
-"""Checkpoints: one safetensors file each, whole or absent, with the tree of plain values in its metadata.
+"""Checkpoints: one safetensors file each, whole or absent; the tree of plain values is one of its tensors, as JSON.
 
 Trees may hold dicts (any hashable plain keys), lists, tuples, numbers, strings, None, tensors, NumPy arrays and
-Flower records. A tensor that occurs many times (the model that many clients train from) is stored once. No pickle.
+scalars, and Flower records. A tensor or array that occurs many times (the model that many clients train from) is
+stored once. No pickle.
 """
 import base64
 import json
 import os
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +26,9 @@ from fedcore.payload import VectorRecord
 from fedcore.vectors import Layout, Model, TensorSpec
 
 FORMAT = "fedcore-1"
+# The tensor that holds the tree: the header of a safetensors file has a limit, and 100,000 clients exceed it.
+TREE = "tree"
+NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 SCALAR_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
@@ -38,6 +42,8 @@ class _Encoder:
         self._keep: list[Any] = []    # ids stay unique only while the objects live
 
     def encode(self, value: Any) -> Any:
+        if isinstance(value, np.generic):    # np.float64 is a float, too
+            return {"$scalar": self._values(value, np.asarray(value))}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, dict):
@@ -51,7 +57,7 @@ class _Encoder:
         if isinstance(value, Tensor):
             return {"$tensor": self._tensor(value)}
         if isinstance(value, np.ndarray):
-            return {"$ndarray": self._tensor(torch.from_numpy(np.array(value)))}
+            return {"$ndarray": self._values(value, value)}
         if isinstance(value, bytes):
             return {"$bytes": base64.b64encode(value).decode()}
         return self._encode_flower(value)
@@ -70,18 +76,28 @@ class _Encoder:
                 return {"$" + tag: [[name, self.encode(item)] for name, item in value.items()]}
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
-    def _tensor(self, tensor: Tensor) -> str:
-        if id(tensor) not in self._names:
-            self._names[id(tensor)] = f"t{len(self.tensors)}"
-            self._keep.append(tensor)
-            self.tensors[self._names[id(tensor)]] = tensor.detach()
-        return self._names[id(tensor)]
+    def _tensor(self, tensor: Tensor, owner: Any = None) -> str:
+        """Store a tensor; `owner` is the object that stands for it, where the tensor was made for the occasion."""
+        owner = tensor if owner is None else owner
+        if id(owner) not in self._names:
+            self._names[id(owner)] = f"t{len(self.tensors)}"
+            self._keep.append(owner)
+            self.tensors[self._names[id(owner)]] = tensor.detach()
+        return self._names[id(owner)]
+
+    def _values(self, owner: Any, values: np.ndarray) -> str:
+        if id(owner) in self._names:
+            return self._names[id(owner)]
+        if not values.dtype.isnative:
+            raise TypeError(f"a checkpoint cannot hold values of dtype {values.dtype}")
+        return self._tensor(torch.from_numpy(np.array(values, order="C")), owner)
 
     def _array(self, array: Array) -> Any:
-        if isinstance(array, LazyArray):
-            return {"lazy": self._tensor(torch.from_numpy(np.array(array.numpy())))}
-        values = torch.from_numpy(np.frombuffer(array.data, dtype=np.uint8).copy())
-        return {"dtype": array.dtype, "shape": list(array.shape), "stype": array.stype, "bytes": self._tensor(values)}
+        if isinstance(array, LazyArray) and array.view is not None:
+            return {"lazy": self._values(array.view, array.view)}
+        described = {"dtype": array.dtype, "shape": list(array.shape), "stype": array.stype}
+        # Copies of a record share its arrays' bytes.
+        return {**described, "bytes": self._values(array.data, np.frombuffer(array.data, dtype=np.uint8))}
 
     def _layout(self, layout: Layout) -> int:
         if layout not in self.layouts:
@@ -111,8 +127,9 @@ class _Decoder:
             return tuple(self.decode(item) for item in body)
         if tag == "tensor":
             return self.tensors[body]
-        if tag == "ndarray":
-            return self.tensors[body].numpy()
+        if tag in ("ndarray", "scalar"):
+            values = self.tensors[body].numpy()
+            return values if tag == "ndarray" else values[()]
         if tag == "bytes":
             return base64.b64decode(body)
         if tag == "model":
@@ -174,21 +191,34 @@ def freeze(tree: Any) -> Frozen:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree, or a frozen one, to one file, atomically: the file is whole, or it is not there."""
+    """Write a tree, or a frozen one, to one file, atomically: the file is whole, or it is not there.
+
+    Raises:
+        UnusableCheckpoint: the file cannot be written.
+    """
     frozen = tree if isinstance(tree, Frozen) else freeze(tree)
     # Views of one memory must be parted: safetensors refuses tensors that share.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in frozen.tensors.items()}
-    metadata = {"format": FORMAT, "tree": frozen.text, "digest": _digest(frozen.text, tensors)}
+    metadata = {"format": FORMAT, "digest": _digest(frozen.text, tensors)}
+    tensors[TREE] = torch.frombuffer(bytearray(frozen.text.encode()), dtype=torch.uint8)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors or {"empty": torch.zeros(1)}, temporary, metadata=metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        save_file(tensors, temporary, metadata=metadata)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UnusableCheckpoint(f"{path} cannot be written: {error}. Make room there, and resume the run.") from error
+
+
+def sync(path: Path) -> None:
+    """Let a file, or a folder's list of files, reach the disk before anything else happens."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)
 
 
 def load_tree(path: Path) -> Any:
@@ -206,9 +236,8 @@ def load_tree(path: Path) -> Any:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
         raise UnusableCheckpoint(f"{path} has the format {found!r}; this fedcore reads {FORMAT!r}.")
-    text = metadata.get("tree", "")
-    stored = {name: tensor for name, tensor in tensors.items() if name != "empty"}
-    if _digest(text, stored) != metadata.get("digest"):
+    text = bytes(tensors.pop(TREE, torch.empty(0, dtype=torch.uint8)).numpy()).decode(errors="replace")
+    if _digest(text, tensors) != metadata.get("digest"):
         raise UnusableCheckpoint(f"{path} is damaged: its checksum does not match.")
     body = json.loads(text)
     return _Decoder(tensors, [_layout_from_json(layout) for layout in body["layouts"]]).decode(body["tree"])
@@ -223,20 +252,23 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2):
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep = folder, max(1, keep)
+        self._unreadable: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _newest_first(self) -> Iterator[Path]:
-        return iter(sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True))
+    def _newest_first(self) -> list[tuple[int, Path]]:
+        numbered = [(int(found[1]), path) for path in self.folder.iterdir() if (found := NAME.fullmatch(path.name))]
+        return sorted(numbered, reverse=True)
 
     def save(self, tree: Any) -> Path:
-        """Write the next checkpoint and delete those beyond `keep`."""
-        newest = next(self._newest_first(), None)
-        number = int(newest.stem.split("-")[1]) + 1 if newest else 1
-        path = self.folder / f"checkpoint-{number:08d}.safetensors"
+        """Write the next checkpoint and delete those beyond `keep`; one that could not be read is worth nothing."""
+        before = self._newest_first()
+        path = self.folder / f"checkpoint-{before[0][0] + 1 if before else 1:08d}.safetensors"
         save_tree(path, tree)
-        for old in list(self._newest_first())[self.keep:]:
-            old.unlink()
+        readable = [old for _, old in before if old not in self._unreadable]
+        for old in {*readable[self.keep - 1:], *self._unreadable}:
+            old.unlink(missing_ok=True)
+        self._unreadable = set()
         return path
 
     def load_newest(self) -> tuple[Any, list[str]]:
@@ -246,10 +278,11 @@ class Checkpoints:
             UnusableCheckpoint: there is none.
         """
         problems: list[str] = []
-        for path in self._newest_first():
+        for _, path in self._newest_first():
             try:
                 return load_tree(path), problems
             except UnusableCheckpoint as error:
                 problems.append(str(error))
+                self._unreadable.add(path)
         found = " ".join(problems) or f"{self.folder} holds none."
         raise UnusableCheckpoint(f"No checkpoint can be resumed from: {found} Start the run anew without --resume.")
