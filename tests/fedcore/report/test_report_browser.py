@@ -75,3 +75,23 @@ def test_a_picture_of_the_page_shows_something(made_up_run, width, tmp_path):
     assert (shot_width, shot_height) == (width, 2400)
     assert values > 100
     assert picture.stat().st_size > 40_000
+
+
+POINT = """<script>addEventListener("load", () => {
+  const said = selector => {
+    const area = document.querySelector(selector), box = area.getBoundingClientRect();
+    const at = {clientX: box.left + box.width * 0.5, clientY: box.top + box.height * 0.05 + 4, bubbles: true};
+    area.dispatchEvent(new PointerEvent("pointermove", at));
+    return document.querySelector("#tip").textContent;
+  };
+  document.title = said(".area[data-hover]") + " | " + said(".area[data-window]");
+});</script></body>"""
+
+
+def test_the_pointer_is_answered_with_exact_values(made_up_run, tmp_path):
+    pointed = tmp_path / "pointed.html"
+    html = write_report(made_up_run()).read_text(encoding="utf-8")
+    pointed.write_text(html.replace("</body>", POINT), encoding="utf-8")
+    title = re.search(r"<title>(.*?)</title>", chromium(tmp_path / "profile", pointed, WIDE, "--dump-dom"))[1]
+    assert re.fullmatch(r"[\d.]+ % at [\d.]+ s \| client 0, [\d.]+ to [\d.]+ s: training, \d+ steps, group \d+, "
+                        r"staleness \d+", title)
