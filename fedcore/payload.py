@@ -311,7 +311,8 @@ def read_num_examples(metrics: Mapping[str, Any]) -> int:
     if isinstance(value, list) or value is None:
         raise MalformedReply("the metrics have no number under 'num-examples'")
     if not 0 < value <= MAX_NUM_EXAMPLES or value != int(value):
-        raise MalformedReply(f"num-examples is {shown(value)}, but must be a whole number from 1 to {MAX_NUM_EXAMPLES:.0e}")
+        limits = f"a whole number from 1 to {MAX_NUM_EXAMPLES:.0e}"
+        raise MalformedReply(f"num-examples is {shown(value)}, but must be {limits}")
     return int(value)
 
 

@@ -1,5 +1,6 @@
 """The run folder while a run is going on: metrics and timeline, one JSON object per line."""
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -12,18 +13,22 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 encode = json.JSONEncoder(allow_nan=False).encode
 
+logger = logging.getLogger("fedcore")
+
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
 
 
 def plain(value: Any) -> Any:
-    """Return a value with numbers that JSON cannot write (NaN, infinities) replaced by null."""
+    """Return a value as JSON can hold it: tensors and arrays as lists, NaN and infinities as null."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if hasattr(value, "tolist"):    # torch's and NumPy's, without importing either: reports are drawn without them
+        return plain(value.tolist())
     return value
 
 
@@ -31,7 +36,7 @@ def json_line(row: Row) -> str:
     """Return a row as one line of valid JSON."""
     try:
         return encode(row)
-    except ValueError:
+    except (ValueError, TypeError):    # rare; looking at every value beforehand would cost more than writing it
         return encode(plain(row))
 
 
@@ -90,11 +95,16 @@ class Recorder:
     def state_dict(self) -> dict[str, int]:
         """Return the length of each file in bytes; what comes after is written again by a run that resumes here."""
         self.flush()
-        return {name: file.tell() for name, file in self._files.items()}
+        for file in self._files.values():
+            os.fsync(file.fileno())    # the checkpoint that holds the lengths must not outlive the rows
+        return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Cut the files back to where they were."""
         for name, file in self._files.items():
             file.flush()
-            file.truncate(state.get(name, 0))
+            length, found = state.get(name, 0), os.fstat(file.fileno()).st_size
+            if found < length:
+                logger.warning("%s is shorter than it was: rows before this moment are missing.", file.name)
+            file.truncate(min(length, found))
             file.seek(0, os.SEEK_END)

@@ -8,11 +8,17 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+# A name that contains the separator must not read as two names.
+ESCAPES = {0x1B: "\x1b1", 0x1F: "\x1b2"}
+
 
 def derive_seed(seed: int, *parts: int | str) -> int:
     """Return a 63-bit seed for the purpose named by `parts`; equal on every machine and in every process."""
-    name = "\x1f".join((str(seed), *(f"{type(part).__name__[0]}{part}" for part in parts)))
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    names = [str(seed), *(f"{type(part).__name__[0]}{part}" for part in parts)]
+    text = "\x1f".join(names)
+    if text.count("\x1f") > len(parts) or "\x1b" in text:
+        text = "\x1f".join(name.translate(ESCAPES) for name in names)
+    return int.from_bytes(blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def torch_generator(seed: int, *parts: int | str) -> torch.Generator:

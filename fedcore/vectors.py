@@ -193,7 +193,7 @@ class Model:
         params = self.params if params is None else params
         if params.shape != self.params.shape or params.dtype != self.params.dtype:
             found, needed = TensorSpec.of("params", params), TensorSpec.of("params", self.params)
-            raise UnsupportedModel(f"New parameters do not fit the model: {mismatch(needed, found.shape, found.dtype)}.")
+            raise UnsupportedModel(f"New values do not fit the model: {mismatch(needed, found.shape, found.dtype)}.")
         if buffers is not None and (unknown := buffers.keys() - self.buffers.keys()):
             raise UnsupportedModel(f"The model has no buffers called {', '.join(map(repr, sorted(unknown)))}.")
         return Model(params, self.buffers if buffers is None else {**self.buffers, **buffers}, self.layout)

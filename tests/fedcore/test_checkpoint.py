@@ -15,12 +15,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tests.support import small_net, vector_model
 
 from fedcore.checkpoint import Checkpoints, freeze, load_tree, save_tree
 from fedcore.errors import UnusableCheckpoint
 from fedcore.payload import VectorRecord, clone_content
 from fedcore.vectors import Model
+from tests.support import small_net, vector_model
 
 ROOT = Path(__file__).parents[2]
 MODEL = Model.of(small_net())

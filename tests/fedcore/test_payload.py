@@ -10,7 +10,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support import small_net, vector_model
 from torch import nn
 
 from fedcore.errors import MalformedReply, UnsupportedModel
@@ -24,6 +23,7 @@ from fedcore.payload import (
     wire_bytes,
 )
 from fedcore.vectors import Layout, Model
+from tests.support import small_net, vector_model
 
 NET = small_net()
 MODEL = Model.of(NET)
@@ -165,7 +165,9 @@ def change_clear(record):
     record.clear()
 
 
-CHANGES = [change_entry, change_update, change_data, change_shape, change_dtype, change_pop, change_delete, change_clear]
+CHANGES = [
+    change_entry, change_update, change_data, change_shape, change_dtype, change_pop, change_delete, change_clear
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.support import small_net
 from torch import nn
 
 from fedcore.errors import BadInput, MalformedReply, UnsupportedModel
 from fedcore.vectors import FlatModule, Layout, Model, TensorSpec
+from tests.support import small_net
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 BUFFER_DTYPES = st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.float64])
