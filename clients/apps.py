@@ -1,5 +1,5 @@
 """What every client of ours has in common: its actions, and the estimate of what a reply will cost."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -28,15 +28,23 @@ class Client(Protocol):
 
     def query(self, message: Message, context: Context) -> Message: ...
 
+    def describe(self, context: Context) -> RecordDict: ...
+
     def estimate(self, message: Message, context: Context) -> Estimate | None: ...
 
 
 class EstimatingApp(ClientApp):
-    """A ClientApp that can say what a reply will cost before computing it: `app.estimate(message, context)`."""
+    """A ClientApp of which a simulator can learn more than its replies.
+
+    Attributes:
+        estimate: says what a reply will cost before it is computed; None with mods, which may change it.
+        describe: says what a node answers to a query, without a query; None with mods.
+    """
 
     def __init__(self, client: Client, mods: Sequence[Mod] | None = None):
         super().__init__()
-        self.estimate: Estimator = client.estimate
+        self.estimate: Estimator | None = None if mods else client.estimate
+        self.describe: Callable[[Context], RecordDict] | None = None if mods else client.describe
         self.train(mods=list(mods or []))(client.train)
         self.evaluate(mods=list(mods or []))(client.evaluate)
         self.query(mods=list(mods or []))(client.query)

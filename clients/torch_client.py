@@ -12,7 +12,7 @@ from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
-from fedcore.clients.requests import Request
+from fedcore.clients.requests import Request, site_of
 from fedcore.clients.schedules import make_schedule
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
@@ -109,14 +109,27 @@ class TorchClient:
 
     def query(self, message: Message, context: Context) -> Message:
         """Say how many examples the site has, and of which classes."""
-        return Message(self._description(Request.of(message, context)), reply_to=message)
+        return Message(self.describe(context), reply_to=message)
+
+    def describe(self, context: Context) -> RecordDict:
+        """Return what this node answers to a query."""
+        site, partition = site_of(context), context.node_config.get("partition-id")
+        entries: dict[str, int] = {"num-examples": len(as_dataset(self.task.data(site)))}
+        if isinstance(partition, int):
+            entries["partition-id"] = partition
+        info: dict[str, str | list[int]] = {"kinds": OFFER}
+        labels = self.task.labels(site) if hasattr(self.task, "labels") else None
+        if labels is not None:
+            info["labels"] = [int(count) for count in labels]
+        records = {METRICS: record_of(MetricRecord, entries), INFO: record_of(ConfigRecord, info)}
+        return record_of(RecordDict, records)
 
     def estimate(self, message: Message, context: Context) -> Estimate | None:
         """Return what the reply to a request will cost, exactly; None where only computing it can tell."""
         request, action = Request.of(message, context), message.metadata.message_type
         names: tuple[str, ...] | None = getattr(self.task, "metric_names", None)
         if action == "query":
-            return Estimate(0, wire_bytes(self._description(request)))
+            return Estimate(0, wire_bytes(self.describe(context)))
         if action == "train":
             return Estimate(self._steps(request), self._train_reply_bytes() + echo_bytes(request))
         if action == "evaluate" and names is not None:
@@ -187,14 +200,3 @@ class TorchClient:
             metrics = MetricRecord(dict.fromkeys(TRAIN_METRICS, 0))
             self._local.train_reply_bytes = wire_bytes(RecordDict({ARRAYS: arrays, METRICS: metrics}))
         return self._local.train_reply_bytes
-
-    def _description(self, request: Request) -> RecordDict:
-        count = len(as_dataset(self.task.data(request.site)))
-        metrics = MetricRecord({"num-examples": count})
-        if isinstance(request.partition, int):
-            metrics["partition-id"] = request.partition
-        info = ConfigRecord({"kinds": OFFER})
-        labels = self.task.labels(request.site) if hasattr(self.task, "labels") else None
-        if labels is not None:
-            info["labels"] = [int(count) for count in labels]
-        return RecordDict({METRICS: metrics, INFO: info})

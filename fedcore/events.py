@@ -34,7 +34,7 @@ class EventStrategy(HubStrategy):
 
         By default the node gets work again, until it has failed three times in a row.
         """
-        here = any(node.id == failure.node.id for node in hub.nodes)
+        here = failure.node.id in hub.node_ids
         if here and hub.failures_in_a_row.get(failure.node.partition, 0) < MAX_FAILURES_IN_A_ROW:
             self.hand_out(hub, failure.node)
 
@@ -84,7 +84,10 @@ class EventStrategy(HubStrategy):
                 for name in hub.pop_due_timers():
                     self.on_timer(hub, name)
             elif outcome.kind == "join":
-                self.on_join(hub, next(node for node in hub.nodes if node.id == outcome.node_id))
+                assert outcome.node_id is not None
+                node = hub.find_node(outcome.node_id)
+                assert node is not None, "a node is admitted before its joining is reported"
+                self.on_join(hub, node)
             elif outcome.node_id is not None and (gone := hub.remove_node(outcome.node_id)):
                 hub.recorder.metric(hub.now, "leave", version=hub.version, node=gone.partition)
                 self.on_leave(hub, gone)

@@ -54,7 +54,9 @@ class Exchange:
         self.show_failure = ShowOnce()
         self._last_failure = ""
         self._now, self._epoch = 0.0, 0.0
-        self._nodes: dict[int, Node] = {}         # by Flower's id, ascending partition
+        self._nodes: dict[int, Node] = {}         # by Flower's id
+        self._partitions: dict[int, Node] = {}
+        self._listed: tuple[Node, ...] | None = None    # all of them in order; None: to be listed anew
         self._kinds: dict[int, str] = {}          # what each partition says it can answer with
         self._tasks: dict[str, Task] = {}         # by message id
         self._by_id: dict[int, Task] = {}
@@ -70,9 +72,15 @@ class Exchange:
         return self._now
 
     @property
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> tuple[Node, ...]:
         """The nodes that are here, ascending partition."""
-        return list(self._nodes.values())
+        if self._listed is None:
+            self._listed = tuple(sorted(self._nodes.values(), key=lambda node: node.partition))
+        return self._listed
+
+    def node_of(self, partition: int) -> Node | None:
+        """Return the node that holds a partition, None while it is not here."""
+        return self._partitions.get(partition)
 
     @property
     def node_ids(self) -> KeysView[int]:
@@ -83,12 +91,16 @@ class Exchange:
         """Admit nodes, each with what it says it can answer with (`update,model`)."""
         for node, kinds in nodes:
             self._kinds[node.partition] = kinds
-            self._nodes[node.id] = node
-        self._nodes = dict(sorted(self._nodes.items(), key=lambda item: item[1].partition))
+            self._nodes[node.id] = self._partitions[node.partition] = node
+        self._listed = None
 
     def remove_node(self, node_id: int) -> Node | None:
         """Forget a node that left; None when it was never admitted."""
-        return self._nodes.pop(node_id, None)
+        node = self._nodes.pop(node_id, None)
+        if node is not None:
+            self._partitions.pop(node.partition, None)
+            self._listed = None
+        return node
 
     def find_node(self, node_id: int) -> Node | None:
         """Return the node of Flower's number; one that only just came is known by its partition alone."""
@@ -259,6 +271,9 @@ class Exchange:
         if message.error.reason:
             reason += f": {message.error.reason.strip()}"
         failure = Failure(task.node, task.id, reason, code)
+        if task.action.startswith(MessageType.QUERY):
+            self._end(task, "failed", 0)
+            return failure    # clients of plain Flower apps answer no queries; that is no failure of theirs
         outcome = "lost" if code in (3, 4, 5) else "failed"
         self.counts["lost" if outcome == "lost" else "failures"] += 1
         self._end(task, outcome, 0)

@@ -244,10 +244,9 @@ class Hub(Exchange):
 
     def restore_reply(self, state: Mapping[str, Any]) -> Reply:
         """Make a reply again from `Reply.state()`, after a restart."""
-        known = {node.partition: node for node in self._nodes.values()}
         fields = dict(state)
-        node = known.get(fields["partition"], Node(-1, fields["partition"], fields["num_examples"]))
-        del fields["partition"]
+        partition = fields.pop("partition")
+        node = self.node_of(partition) or Node(-1, partition, fields["num_examples"])
         return Reply(node=node, _version_now=self._version_now, **fields)
 
     def model_record(self) -> VectorRecord:
@@ -294,7 +293,7 @@ class Hub(Exchange):
         inner = {name: getattr(self, name) for name in ("_now", "_kinds", "_timers", "_draws", "_next_task", "_waiting_room")}
         return {
             **own, **inner, "totals": self.totals, "counts": self.counts, "scores": vars(self.scores),
-            "nodes": [as_plain(node) for node in self._nodes.values()],
+            "nodes": [as_plain(node) for node in self.nodes],
             "tasks": [{**as_plain(task), "node": as_plain(task.node)} for task in self._tasks.values()],
             "unsent": [{**as_plain(failure), "node": as_plain(failure.node)} for failure in self._unsent],
             "polls": [vars(poll) for poll in self._polls.values()], "recorder": self.recorder.state_dict(),
@@ -306,7 +305,8 @@ class Hub(Exchange):
                      "_next_task", "_waiting_room", "totals", "counts", "failures_in_a_row"):
             setattr(self, name, state[name])
         self.scores = Scores(**state["scores"])
-        self._nodes = {fields["id"]: Node(**fields) for fields in state["nodes"]}
+        nodes = [Node(**fields) for fields in state["nodes"]]
+        self.add_nodes([(node, self._kinds.get(node.partition, "")) for node in nodes])
         tasks = [Task(**{**fields, "node": Node(**fields["node"])}) for fields in state["tasks"]]
         self._tasks = {task.message_id: task for task in tasks if task.message_id}
         self._by_id = {task.id: task for task in tasks}

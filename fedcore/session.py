@@ -1,7 +1,8 @@
 """One run from its first node to its last checkpoint, whatever kind of strategy it has."""
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
@@ -11,7 +12,7 @@ from fedcore.clock import Event
 from fedcore.errors import NothingCanHappen, RunEnded
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, INFO
-from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
+from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Task
 
 logger = logging.getLogger("fedcore")
 
@@ -75,9 +76,7 @@ class Session:
         hub.expected = options.expected or len(ids)
         partition_of = getattr(hub.grid, "partition_of", None)
         if introduce or partition_of is None:
-            asked = [self._query(node_id, rank) for rank, node_id in enumerate(ids)]
-            for answer in hub.collect(asked, deadline_s=options.ready_timeout_s, min_replies=0).arrived:
-                self._admit(answer)
+            self._introduce(ids)
         else:
             hub.add_nodes([(Node(node_id, partition_of(node_id), 1, 0.0), "") for node_id in ids])
         hub.start_clock()
@@ -85,40 +84,60 @@ class Session:
         hub.evaluate()
         hub.finish_polls()
 
+    def _introduce(self, node_ids: Sequence[int]) -> None:
+        """Learn who the first nodes are: from the grid where it can tell without a message, else by asking them."""
+        introduction_of = getattr(self.hub.grid, "introduction", lambda _: None)
+        asked = []
+        for index, node_id in enumerate(node_ids):
+            node, content = self._stranger(node_id, index), introduction_of(node_id)
+            if content is None:
+                asked.append(self._query(node))
+            else:
+                self._admit(node, content)
+        replies = self.hub.collect(asked, deadline_s=self.hub.options.ready_timeout_s, min_replies=0)
+        for answer in replies.arrived:
+            self._admit(answer.node, answer.content)
+        for failure in replies.missing:
+            if failure.code != NODE_GONE:
+                self._admit(failure.node)
+
     def admit_waiting(self) -> None:
         """Admit the nodes that came while a round was going on; wait for one when none is left."""
         hub = self.hub
         while True:
-            rank = self._free_rank()
-            asked = [self._query(node_id, rank + index) for index, node_id in enumerate(hub.pop_waiting())]
-            replies = hub.collect(asked) if asked else Replies([], [])
-            for outcome in [*replies.arrived, *(failure for failure in replies.missing if failure.code != NODE_GONE)]:
-                self._report_join(self._admit(outcome))
+            if waiting := hub.pop_waiting():
+                nodes = [self._stranger(node_id, index) for index, node_id in enumerate(waiting)]
+                replies = hub.collect([self._query(node) for node in nodes])
+                for answer in replies.arrived:
+                    self._report_join(self._admit(answer.node, answer.content))
+                for failure in replies.missing:
+                    if failure.code != NODE_GONE:
+                        self._report_join(self._admit(failure.node))
             if hub.nodes:
                 return
             outcome = hub.next_outcome(None)
             if isinstance(outcome, Event):
                 hub.note_membership(outcome)
 
-    def _query(self, node_id: int, rank: int) -> Task:
-        # Until it says more about itself a node counts as one example, in the partition of its rank.
-        node = Node(node_id, rank, 1, self.hub.now)
+    def _stranger(self, node_id: int, index: int = 0) -> Node:
+        """Return a node that has said nothing yet: it counts as one example, in the `index`-th partition that is free."""
+        return self.hub.find_node(node_id) or Node(node_id, self._free_partition() + index, 1, self.hub.now)
+
+    def _query(self, node: Node) -> Task:
         return self.hub.send_to(node, MessageType.QUERY, RecordDict({CONFIG: ConfigRecord()}))
 
-    def _admit(self, answer: Answer | Failure) -> Node | None:
+    def _admit(self, node: Node, content: RecordDict | None = None) -> Node | None:
         """Make a node of what it answered to the query; one that does not know the query is admitted all the same."""
-        node, kinds, facts = answer.node, "", {}
-        if isinstance(answer, Answer):
-            for record in answer.content.values():
-                facts |= dict(record) if isinstance(record, MetricRecord) else {}
-            info = answer.content.get(INFO)
-            facts |= dict(info) if isinstance(info, ConfigRecord) else {}
-            kinds = str(facts.get("kinds", ""))
+        facts: dict[str, Any] = {}
+        for name, record in ({} if content is None else content).items():
+            if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
+                facts.update(record.items())
+        kinds = str(facts.get("kinds", ""))
         partition, examples = facts.get("partition-id", node.partition), facts.get("num-examples", 1)
         if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
             logger.warning("Node %d describes itself in a way that cannot be used; it counts as one example.", node.id)
             partition, examples = node.partition, 1
-        if any(other.partition == partition for other in self.hub.nodes):
+        if self.hub.node_of(partition) is not None:
             logger.warning("Two nodes say that they hold partition %d; the later one is turned away.", partition)
             return None
         node = Node(node.id, partition, examples, self.hub.now)
@@ -136,11 +155,12 @@ class Session:
             outcome = hub.next_outcome(until())
             if isinstance(outcome, Event) and outcome.kind == "join":
                 assert outcome.node_id is not None
-                self._query(outcome.node_id, self._free_rank())
+                self._query(self._stranger(outcome.node_id))
             elif not isinstance(outcome, Event) and outcome.node.id not in hub.node_ids:
                 if isinstance(outcome, Failure) and outcome.code == NODE_GONE:
                     continue
-                if (node := self._admit(outcome)) is not None:
+                content = outcome.content if isinstance(outcome, Answer) else None
+                if (node := self._admit(outcome.node, content)) is not None:
                     self._report_join(node)
                     yield Event("join", hub.now, node.id)
             else:
@@ -150,9 +170,8 @@ class Session:
         if node is not None:
             self.hub.recorder.metric(self.hub.now, "join", version=self.hub.version, node=node.partition)
 
-    def _free_rank(self) -> int:
-        taken = {node.partition for node in self.hub.nodes}
-        return next(rank for rank in range(len(taken) + 1) if rank not in taken)
+    def _free_partition(self) -> int:
+        return next(partition for partition in count() if self.hub.node_of(partition) is None)
 
     # ---- limits and checkpoints ---------------------------------------------------------------------------------
 

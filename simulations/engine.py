@@ -1,7 +1,6 @@
 """The discrete-event engine: nodes that do one task after another, links, and what goes wrong."""
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
@@ -17,28 +16,13 @@ from fedcore.simulations.execute import CRASHED, GONE, NO_ANSWER, AppFactory, No
 from fedcore.simulations.failures import Failures
 from fedcore.simulations.memory import exempt_what_is_loaded
 from fedcore.simulations.network import Network
-from fedcore.simulations.sim_task import Lane, SimTask, set_train_seconds, work_steps
+from fedcore.simulations.sim_task import Coming, Expiry, Lane, SimTask, set_train_seconds, work_steps
 from fedcore.simulations.workers import WorkerPool
 
 FIRST_NODE_ID = 1000
 # At equal times: transfers start, then replies, then failures, then nodes that come and go (the hub's timers follow).
 UPLOAD, REPLY, FAILURE, MEMBERSHIP = -1, 0, 1, 2
 MEGABIT = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Expiry:
-    """The moment from which a task's answer is no longer valid."""
-
-    task: SimTask
-
-
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """The moment at which a node's availability changes; or, `leaving`, at which the server hears that it left."""
-
-    partition: int
-    leaving: bool = False
 
 
 class Engine:
@@ -181,11 +165,25 @@ class Engine:
             self._submit(task)
 
     def _estimate(self, task: SimTask) -> Estimate | None:
-        estimator = getattr(self.app, "estimate", None)
-        if estimator is None:
+        if (estimator := getattr(self.app, "estimate", None)) is None:
             return None
         context = self._info(task.partition).context(self._states.get(task.partition) or RecordDict())
-        return estimator(task.message, context)  # type: ignore[no-any-return]
+        try:
+            return estimator(task.message, context)  # type: ignore[no-any-return]
+        except Exception:  # a stranger's code may raise anything; computing the task makes an error reply of it
+            return None
+
+    def introduction(self, node_id: int) -> RecordDict | None:
+        """Return what a node answers to a query, if its app can say it without one; counted as the node's task."""
+        partition = node_id - FIRST_NODE_ID
+        if (describe := getattr(self.app, "describe", None)) is None:
+            return None
+        try:
+            content: RecordDict = describe(self._info(partition).context(RecordDict()))
+        except Exception:  # as above: asking the node makes an error reply of it
+            return None
+        self._counts[partition] = self._counts.get(partition, 0) + 1
+        return content
 
     def _info(self, partition: int) -> NodeInfo:
         return NodeInfo(FIRST_NODE_ID + partition, partition, self.num_nodes, self.run_config)

@@ -23,9 +23,9 @@ from fedcore.simulations.network import Network
 logger = logging.getLogger("fedcore")
 
 # An app that asks for the nodes again and again waits for more of them: when it pauses between its questions, or has
-# asked so often without a pause. It waits in vain after a few questions if none can come, else after many.
+# asked so often without a pause. It waits in vain when nothing can change any more, or has changed so often.
 SLOW_POLL_S, MAX_QUICK_POLLS = 0.1, 1000
-MAX_HOPELESS_POLLS, MAX_IDLE_POLLS = 12, 1000
+MAX_HOPELESS_POLLS, MAX_WAITS = 12, 1000
 
 
 class VirtualGrid(Grid):
@@ -59,7 +59,9 @@ class VirtualGrid(Grid):
         self.engine = Engine(app, num_nodes, seed, devices, network, availability, failures, workers, run_config)
         self._run = empty_run()
         self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
-        self._idle_polls, self._last_poll = 0, 0.0
+        # Questions for the nodes since anything was sent, those since the clock moved for them, and how often it did.
+        self._polls = self._quick_polls = self._waits = 0
+        self._last_poll = 0.0
 
     # ---- Flower's interface -------------------------------------------------------------------------------------
 
@@ -94,29 +96,31 @@ class VirtualGrid(Grid):
 
     def _note_idle_poll(self) -> None:
         """Find out whether the app waits for nodes: a pause between two questions, or very many of them, say so."""
-        self._idle_polls += 1
-        if self._idle_polls > MAX_QUICK_POLLS or (
-            self._idle_polls > 2 and time.monotonic() - self._last_poll > SLOW_POLL_S
-        ):
+        self._polls += 1
+        self._quick_polls += 1
+        paused = time.monotonic() - self._last_poll > SLOW_POLL_S and self._polls > 2
+        if paused or self._quick_polls > MAX_QUICK_POLLS:
             self._wait_for_nodes()
+            self._quick_polls = 0
         self._last_poll = time.monotonic()
 
     def _wait_for_nodes(self) -> None:
-        online, waited = self.num_nodes - len(self.engine.offline), self._idle_polls
         can_change = self.engine.heap.next_at() is not None
-        if waited > MAX_QUICK_POLLS + MAX_IDLE_POLLS or (waited > MAX_HOPELESS_POLLS and not can_change):
+        hopeless = not can_change and (self._polls > MAX_HOPELESS_POLLS or self._quick_polls > MAX_QUICK_POLLS)
+        if hopeless or self._waits >= MAX_WAITS:
             raise NothingCanHappen(
-                f"The app keeps waiting for more nodes than the {online} that are online (of {self.num_nodes}). "
-                "Simulate more nodes, or ask for fewer (min_available_nodes)."
+                f"The app keeps waiting for more nodes than the {self.num_nodes - len(self.engine.offline)} that are "
+                f"online (of {self.num_nodes}). Simulate more nodes, or ask for fewer (min_available_nodes)."
             )
         if can_change and (event := self.next_event(None)) is not None:
+            self._waits += 1
             self._keep(event)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
         """Send messages; returns their ids in order, None for a node that is not there."""
         sent = [self.engine.push(message) for message in messages]
         if any(name is not None for name in sent):
-            self._idle_polls = 0
+            self._polls = self._quick_polls = self._waits = 0
         elif sent:
             self._note_idle_poll()
         return sent
@@ -124,7 +128,7 @@ class VirtualGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that have arrived; when there is none, wait for the first one."""
         wanted = dict.fromkeys(message_ids)
-        self._idle_polls = 0
+        self._polls = self._quick_polls = self._waits = 0
         unknown = [self._no_reply(name) for name in wanted if name not in self.engine.tasks and name not in self._inbox]
         while any(name in self.engine.tasks for name in wanted) and not any(name in self._inbox for name in wanted):
             event = self.next_event(None)
@@ -164,6 +168,10 @@ class VirtualGrid(Grid):
     def partition_of(self, node_id: int) -> int:
         """Return which share of the data a node holds."""
         return node_id - FIRST_NODE_ID
+
+    def introduction(self, node_id: int) -> RecordDict | None:
+        """Return what a node answers to a query, if its app can say it without one (`app.describe`)."""
+        return self.engine.introduction(node_id)
 
     def start_clock(self) -> None:
         """Call the present moment zero; only while nothing is under way."""

@@ -63,6 +63,21 @@ class SimTask:
         return cls(message=with_id(message, state["content"], state["id"]), **plan)
 
 
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """The moment from which a task's answer is no longer valid."""
+
+    task: SimTask
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The moment at which a node's availability changes; or, `leaving`, at which the server hears that it left."""
+
+    partition: int
+    leaving: bool = False
+
+
 @dataclass(slots=True)
 class Lane:
     """A node that has work: the task it does, and those that wait. A node does one thing at a time."""

@@ -187,8 +187,9 @@ class FedBuff(EventStrategy):
     def _release(self, hub: Hub) -> None:
         """Give those that waited work again, in the order of their partitions."""
         released, self.waiting = self.waiting, set()
-        for node in [node for node in hub.nodes if node.partition in released]:
-            self._fill_place(hub, node)
+        for partition in sorted(released):
+            if (node := hub.node_of(partition)) is not None:
+                self._fill_place(hub, node)
 
     def _release_if_alone(self, hub: Hub) -> None:
         if self.wait and not self.training:

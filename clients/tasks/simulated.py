@@ -96,7 +96,15 @@ class SimulatedClient:
 
     def query(self, message: Message, context: Context) -> Message:
         """Say how many examples the client is said to have."""
-        return Message(self._description(Request.of(message, context)), reply_to=message)
+        return Message(self.describe(context), reply_to=message)
+
+    def describe(self, context: Context) -> RecordDict:
+        """Return what this node answers to a query."""
+        entries = {"num-examples": self.task.examples}
+        if isinstance(partition := context.node_config.get("partition-id"), int):
+            entries["partition-id"] = partition
+        records = {METRICS: record_of(MetricRecord, entries), INFO: record_of(ConfigRecord, {"kinds": OFFER})}
+        return record_of(RecordDict, records)
 
     def estimate(self, message: Message, context: Context) -> Estimate | None:
         """Return what the reply will cost, exactly."""
@@ -105,7 +113,7 @@ class SimulatedClient:
             return Estimate(self._steps(request), self._train_bytes + echo_bytes(request))
         if action == "evaluate":
             return Estimate(self._evaluation_steps, self._evaluate_bytes)
-        return Estimate(0, wire_bytes(self._description(request))) if action == "query" else None
+        return Estimate(0, wire_bytes(self.describe(context))) if action == "query" else None
 
     def _steps(self, request: Request) -> int:
         if request.local_steps is not None:
@@ -129,12 +137,6 @@ class SimulatedClient:
     @cached_property
     def _evaluate_bytes(self) -> int:
         return wire_bytes(RecordDict({METRICS: MetricRecord(dict.fromkeys((*EVALUATE_METRICS, "loss"), 0))}))
-
-    def _description(self, request: Request) -> RecordDict:
-        metrics = MetricRecord({"num-examples": self.task.examples})
-        if isinstance(request.partition, int):
-            metrics["partition-id"] = request.partition
-        return RecordDict({METRICS: metrics, INFO: ConfigRecord({"kinds": OFFER})})
 
 
 def _received(message: Message) -> ArrayRecord:
