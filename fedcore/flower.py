@@ -1,12 +1,19 @@
 """The one place that touches Flower's private modules (tested with flwr 1.41, pinned below 1.43)."""
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.metadata import Metadata
+from flwr.common import Code
 from flwr.common.config import get_fused_config_from_dir, get_project_config
+from flwr.compat.common import recorddict_compat
+from flwr.server import server as legacy_server
+from flwr.server.client_manager import ClientManager
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.server.strategy import Strategy as LegacyStrategy
+from flwr.serverapp import Grid, server_app
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.run import Run
@@ -101,3 +108,102 @@ def wrapped_starts(wrap: Callable[[Start], Start]) -> Iterator[None]:
     finally:
         for strategy, start in before:
             setattr(strategy, "start", start)  # noqa: B010
+
+
+# ---- apps of the deprecated kind: ServerApp(server_fn=...) with NumPyClients -----------------------------------------
+
+LegacyWatch = Callable[[LegacyStrategy], AbstractContextManager[None]]
+
+
+@contextmanager
+def legacy_servers_in_step(watch: LegacyWatch) -> Iterator[None]:
+    """Let deprecated ServerApps send a round's messages together, from one thread.
+
+    Flower gives each client a thread that sends and waits on its own, and polls for nodes in another. In virtual time
+    threads have no defined order, so here the whole round is one `send_and_receive`.
+
+    Args:
+        watch: a context around the run of a deprecated strategy.
+    """
+    def start_grid(*, grid: Grid, **given: Any) -> Any:
+        server, config = legacy_server.init_defaults(**{**dict.fromkeys(LEGACY_PARTS), **given})
+        _follow_nodes(server.client_manager(), grid)
+        with watch(server.strategy):
+            return legacy_server.run_fl(server, config)
+
+    before = legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid
+    replacements = _ask_together(TRAIN), _ask_together(EVALUATE), start_grid
+    legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid = replacements
+    try:
+        yield
+    finally:
+        legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid = before
+
+
+def _follow_nodes(manager: ClientManager, grid: Grid) -> None:
+    """Keep a client manager up to date with a grid's nodes, whenever it is asked."""
+    known: dict[int, GridClientProxy] = {}
+
+    def look() -> None:
+        online = list(grid.get_node_ids())
+        for node_id in known.keys() - set(online):
+            manager.unregister(known.pop(node_id))
+        for node_id in online:
+            if node_id not in known:
+                known[node_id] = GridClientProxy(node_id, grid, grid.run.run_id)
+                manager.register(known[node_id])
+
+    def looking_first(method: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            look()
+            return method(*args, **kwargs)
+
+        return asked
+
+    def wait_for(num_clients: int, timeout: int = 0) -> bool:
+        while manager.num_available() < num_clients:
+            pass    # each question is one to the grid, which moves its clock or finds that nobody will come
+        return True
+
+    for name in ("num_available", "all", "sample"):
+        setattr(manager, name, looking_first(getattr(manager, name)))
+    setattr(manager, "wait_for", wait_for)  # noqa: B010 (mypy knows it as a method)
+
+
+def _ask_together(kind: str) -> Callable[..., Any]:
+    """Return a stand-in for Flower's `fit_clients` or `evaluate_clients`."""
+    encode, decode = LEGACY_RECORDS[kind]
+
+    def ask(
+        client_instructions: list[tuple[GridClientProxy, Any]], max_workers: int | None, timeout: float | None,
+        group_id: int,
+    ) -> tuple[list[Any], list[Any]]:
+        instructions = client_instructions
+        results: list[Any] = []
+        failures: list[Any] = []
+        messages = [Message(encode(ins, True), proxy.node_id, kind, ttl=timeout, group_id=str(group_id))
+                    for proxy, ins in instructions]
+        replies = list(instructions[0][0].grid.send_and_receive(messages)) if instructions else []
+        by_node = {reply.metadata.src_node_id: reply for reply in replies}
+        for proxy, _ in instructions:
+            reply = by_node.get(proxy.node_id)
+            if reply is None or reply.has_error():
+                failures.append(ValueError("no reply" if reply is None else reply.error.reason))
+                continue
+            result = decode(reply.content)
+            (results if result.status.code == Code.OK else failures).append((proxy, result))
+        return results, failures
+
+    return ask
+
+
+def _fit_result(content: RecordDict) -> Any:
+    return recorddict_compat.recorddict_to_fitres(content, keep_input=False)
+
+
+TRAIN, EVALUATE = "train", "evaluate"
+LEGACY_PARTS = ("server", "config", "strategy", "client_manager")
+LEGACY_RECORDS: dict[str, tuple[Callable[[Any, bool], RecordDict], Callable[[RecordDict], Any]]] = {
+    TRAIN: (recorddict_compat.fitins_to_recorddict, _fit_result),
+    EVALUATE: (recorddict_compat.evaluateins_to_recorddict, recorddict_compat.recorddict_to_evaluateres),
+}

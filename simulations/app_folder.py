@@ -229,11 +229,15 @@ def app_traceback(error: BaseException | str, folder: Path) -> str:
     lines = text.rstrip().splitlines()
     first = next((i for i, line in enumerate(lines) if re.match(rf' *File "{re.escape(str(folder))}', line)), None)
     if first is None:
-        return "\n".join(lines[-1:] if isinstance(error, BaseException) else lines[-MOST_TRACEBACK_LINES:])
+        return "\n".join(lines[-MOST_TRACEBACK_LINES:]) if isinstance(error, str) else _sentence(error)
     shown = lines[first:]
     if len(shown) > MOST_TRACEBACK_LINES:
         shown = [*shown[:2], "  ...", *shown[3 - MOST_TRACEBACK_LINES:]]
     return "\n".join(shown)
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 class SeededClientApp(ClientApp):

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedcore.flower import Start
+from fedcore.flower import LegacyStrategy, Start
 from fedcore.payload import wire_bytes
 from fedcore.recorder import Recorder
 from fedcore.simulations.app_folder import app_traceback
@@ -162,16 +162,50 @@ class AppRecord:
                 self._recorder.metric(self._grid.now, "log", version=self.version, where="clients", **found)
             return metrics
 
-        strategy.aggregate_train = aggregate_train  # type: ignore[method-assign]
-        strategy.aggregate_evaluate = aggregate_evaluate  # type: ignore[method-assign]
+        vars(strategy).update(aggregate_train=aggregate_train, aggregate_evaluate=aggregate_evaluate)
         try:
             yield
         finally:
             del strategy.aggregate_train, strategy.aggregate_evaluate
             self._watching = False
 
+    @contextmanager
+    def watch_legacy(self, strategy: LegacyStrategy) -> Iterator[None]:
+        """Look on as a strategy of Flower's deprecated kind aggregates and evaluates."""
+        self.strategy, first = type(strategy).__name__, self.version
+        fit, evaluate_clients, evaluate_here = strategy.aggregate_fit, strategy.aggregate_evaluate, strategy.evaluate
+
+        def aggregate_fit(server_round: int, results: list[Any], failures: list[Any]) -> Any:
+            aggregated = fit(server_round, results, failures)
+            self.version = first + server_round
+            nodes = [self._grid.partition_of(proxy.node_id) for proxy, _ in results]
+            self._update_row(nodes, aggregated[1])
+            return aggregated
+
+        def aggregate_evaluate(server_round: int, results: list[Any], failures: list[Any]) -> Any:
+            loss, metrics = found = evaluate_clients(server_round, results, failures)
+            self._evaluated("clients", {"loss": loss, **(metrics or {})})
+            return found
+
+        def evaluate(server_round: int, parameters: Any) -> Any:
+            found = evaluate_here(server_round, parameters)
+            if found is not None:
+                self._evaluated("server", {"loss": found[0], **found[1]})
+            return found
+
+        replacements = {"aggregate_fit": aggregate_fit, "aggregate_evaluate": aggregate_evaluate, "evaluate": evaluate}
+        vars(strategy).update(replacements)
+        try:
+            yield
+        finally:
+            for name in replacements:
+                delattr(strategy, name)
+
     def _updated(self, replies: list[Message], metrics: Mapping[str, Any] | None) -> None:
         nodes = [self._grid.partition_of(reply.metadata.src_node_id) for reply in replies if not reply.has_error()]
+        self._update_row(nodes, metrics)
+
+    def _update_row(self, nodes: list[int], metrics: Mapping[str, Any] | None) -> None:
         self._recorder.metric(self._grid.now, "update", version=self.version, **self.totals, nodes=sorted(nodes),
                               **figures(metrics))
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from fedcore.checking import check_settings
 from fedcore.errors import AllNodesFailed, AppFailed, BadInput, FedcoreError
-from fedcore.flower import RUN_ID, SERVER_NODE_ID, wrapped_starts
+from fedcore.flower import RUN_ID, SERVER_NODE_ID, legacy_servers_in_step, wrapped_starts
 from fedcore.recorder import (
     CLIENTS_FILE,
     CONFIG_FILE,
@@ -143,7 +143,7 @@ class _AppRun:
         """
         context = Context(RUN_ID, SERVER_NODE_ID, {}, RecordDict(), dict(self.app.run_config))
         try:
-            with wrapped_starts(self.record.wrap):
+            with wrapped_starts(self.record.wrap), legacy_servers_in_step(self.record.watch_legacy):
                 server(self.grid, context)
         except FedcoreError:
             raise
