@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -48,6 +48,7 @@ def best_point(task: Quadratic | Logistic) -> np.ndarray:
 
 
 @settings(max_examples=40)
+@example(task=Logistic(dimension=1, examples=8, l2=0.4914, heterogeneity=0.0, condition=1.0, num_clients=1, seed=1))
 @given(task=TASKS)
 def test_the_optimum_is_where_the_clients_gradients_cancel(task):
     assert np.abs(objective(task, best_point(task))[1]).max() < 1e-10
