@@ -1,4 +1,4 @@
-# make demo    creates .venv, runs the quickstart on real handwritten digits, says where the report is
+# make demo    creates .venv, runs the quickstart on real handwritten digits, says where the reports are
 # make test    lint, type checks and the whole test suite
 # make help    every target
 # Choose the interpreter with PYTHON=python3.12, the environment with VENV=path.
@@ -46,8 +46,13 @@ $(VENV)/.package: $(VENV)/.requirements $(SOURCES) setup.py README.md LICENSE
 install: $(VENV)/.package ## create .venv and install fedcore into it
 
 .PHONY: demo
-demo: $(VENV)/.package ## run the quickstart, and say where its report is
-	@$(BIN)/fedcore simulate examples/quickstart/experiment.yaml
+demo: $(VENV)/.package ## run the quickstart with FedAvg and with FedCompass, and say where the reports are
+	@rm -rf runs/demo
+	@$(BIN)/fedcore simulate examples/quickstart/experiment.yaml --set strategy=fedavg --out runs/demo/fedavg
+	@echo
+	@$(BIN)/fedcore simulate examples/quickstart/experiment.yaml --out runs/demo/fedcompass
+	@echo
+	@$(BIN)/fedcore compare runs/demo/fedavg runs/demo/fedcompass --out runs/demo/compare.html
 
 .PHONY: lint
 lint: $(VENV)/.requirements-dev ## style (ruff)

@@ -160,7 +160,6 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
         "normal": Entry(f"{_DISTRIBUTIONS}:Normal"),
         "lognormal": Entry(f"{_DISTRIBUTIONS}:LogNormal"),
         "exponential": Entry(f"{_DISTRIBUTIONS}:Exponential"),
-        "uniform": Entry(f"{_DISTRIBUTIONS}:Uniform"),
         "trace": Entry(f"{_DISTRIBUTIONS}:Trace"),
     },
     "availability": {

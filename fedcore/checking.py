@@ -101,7 +101,9 @@ class _Reader:
         # pydantic takes the outermost `Annotated` apart; put together, it describes the whole setting.
         full = Annotated[(annotation, *field.metadata)] if field.metadata else annotation
         kind = _marked(full, PlugIn)
-        if kind is not None and isinstance(value, (str, Mapping)) and not _is_number(full, value):
+        if kind is not None and _is_number(full, value):
+            value = float(value)        # in quotes, where a name could stand too
+        if kind is not None and isinstance(value, (str, Mapping)):
             spec, problems = registry.check(kind, value, where, self.folder)
             self.problems += problems
             return spec if isinstance(value, Mapping) else value

@@ -71,7 +71,7 @@ def _of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:
 def _show_warnings(experiment: Experiment) -> None:
     console = make_console(stderr=True)
     for warning in experiment.warnings:
-        console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"Note: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -52,8 +52,9 @@ def one_screen(error: Exception, width: int | None = None) -> str:
 
 
 def _wrapped(line: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False,
-                         replace_whitespace=False, drop_whitespace=True) or [""]
+    # Paths stay in one piece, however long, so that they can be copied.
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
+                         replace_whitespace=False) or [""]
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:

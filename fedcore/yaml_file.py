@@ -120,7 +120,8 @@ def _beside(path: Path) -> str:
 def explain(error: yaml.YAMLError) -> str:
     """Return what is wrong with a YAML text, and where, in one sentence."""
     if isinstance(error, yaml.reader.ReaderError):
-        return f"it holds the character {error.character!r} at position {error.position}, which YAML does not allow."
+        character = chr(error.character)
+        return f"it holds the character {character!r} at position {error.position}, which YAML does not allow."
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f"{error}."
     mark = error.problem_mark
