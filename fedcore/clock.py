@@ -4,6 +4,7 @@ A fedcore grid has two members beyond Flower's `Grid`: `now`, and `next_event(un
 time) until something happens. On any other Flower grid `PolledGrid` provides both by polling with back-off.
 """
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -71,17 +72,21 @@ class PolledGrid:
         self._grid, self._clock = grid, WallClock()
         self._shortest, self._longest = shortest_pause_s, longest_pause_s
         self._waiting: dict[str, None] = {}
-        self._known: dict[int, None] = {}
-        self._ready: list[Event] = []
+        self._known: dict[int, None] | None = None    # None until somebody asks for the first time
+        self._ready: deque[Event] = deque()
 
     @property
     def now(self) -> float:
         return self._clock.now
 
     def get_node_ids(self) -> list[int]:
-        """Return the nodes that are online, ascending."""
-        self._known = dict.fromkeys(sorted(self._grid.get_node_ids()))
-        return list(self._known)
+        """Return the nodes that are online, ascending; who came and went since the first question becomes an event."""
+        found = dict.fromkeys(sorted(self._grid.get_node_ids()))
+        before, self._known = self._known, found
+        if before is not None:
+            self._ready += [Event("leave", self.now, node_id) for node_id in before if node_id not in found]
+            self._ready += [Event("join", self.now, node_id) for node_id in found if node_id not in before]
+        return list(found)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         """Send messages; a refused one has None for its id."""
@@ -101,13 +106,11 @@ class PolledGrid:
             left = self._longest if until is None else until - self.now
             time.sleep(max(0.0, min(pause, left)))
             pause = min(2 * pause, self._longest)
-        return self._ready.pop(0)
+        return self._ready.popleft()
 
     def _look(self) -> None:
         for reply in self._grid.pull_messages(list(self._waiting)) if self._waiting else []:
-            if self._waiting.pop(reply.metadata.reply_to_message_id, ...) is None:
-                self._ready.append(Event("reply", self.now, reply.metadata.src_node_id, reply))
-        before, now_known = self._known, sorted(self._grid.get_node_ids())
-        self._known = dict.fromkeys(now_known)
-        self._ready += [Event("join", self.now, node_id) for node_id in now_known if node_id not in before]
-        self._ready += [Event("leave", self.now, node_id) for node_id in before if node_id not in self._known]
+            # One that answers nothing, or for the second time, is for the hub to refuse and to count.
+            self._waiting.pop(reply.metadata.reply_to_message_id, None)
+            self._ready.append(Event("reply", self.now, reply.metadata.src_node_id, reply))
+        self.get_node_ids()

@@ -2,21 +2,24 @@
 
 Import it as `from tests.support import ...`; worker processes can import it too.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from fedcore.checkpoint import Checkpoints
+from fedcore.clock import Event
 from fedcore.events import EventStrategy
+from fedcore.flower import with_id
 from fedcore.hub import Hub
 from fedcore.options import RunOptions
-from fedcore.payload import Estimate, VectorRecord, read_arrays, wire_bytes
+from fedcore.payload import Estimate, VectorRecord, clone_content, read_arrays, wire_bytes
 from fedcore.recorder import Recorder
 from fedcore.seeds import torch_generator
 from fedcore.session import Session
@@ -231,6 +234,130 @@ class Federation:
     def notes(self) -> Notes:
         assert isinstance(self.recorder, Notes)
         return self.recorder
+
+
+class ScriptedGrid:
+    """A grid on which nothing happens but what a test plans; queries are answered at once."""
+
+    def __init__(self, nodes: int = 3) -> None:
+        self.now = 0.0
+        self.online = list(range(1000, 1000 + nodes))
+        self.refusing: set[int] = set()           # nodes to which nothing can be sent
+        self.sent: list[Message] = []             # as delivered, with their ids; queries apart
+        self._plans: list[tuple[float, int, Event]] = []
+        self._pushed = self._planned = 0
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.online)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
+        ids: list[str | None] = []
+        for message in messages:
+            if message.metadata.dst_node_id in self.refusing:
+                ids.append(None)
+                continue
+            self._pushed += 1
+            name = str(self._pushed)
+            ids.append(name)
+            delivered = with_id(message, message.content, name)
+            if message.metadata.message_type == "query":
+                partition = message.metadata.dst_node_id - 1000
+                metrics = MetricRecord({"num-examples": 10, "partition-id": partition})
+                content = RecordDict({"metrics": metrics, "info": ConfigRecord({"kinds": "update,model"})})
+                self.answer(delivered, content, self.now)
+            else:
+                self.sent.append(delivered)
+        return ids
+
+    def answer(self, request: Message, outcome: RecordDict | Error, at: float) -> None:
+        """Let a request be answered at a time, as often as this is called."""
+        node_id = request.metadata.dst_node_id
+        self.plan(Event("reply", at, node_id, Message(outcome, reply_to=request)))
+
+    def plan(self, event: Event) -> None:
+        self._planned += 1
+        self._plans.append((event.at, self._planned, event))
+        self._plans.sort(key=lambda plan: plan[:2])
+
+    def next_event(self, until: float | None) -> Event | None:
+        if self._plans and (until is None or self._plans[0][0] <= until):
+            at, _, event = self._plans.pop(0)
+            self.now = max(self.now, at)
+            return event
+        if until is None:
+            return None
+        self.now = max(self.now, until)
+        return Event("time", self.now)
+
+
+class ForeignGrid(Grid):
+    """Somebody else's grid: it knows no time and no events, and a reply is there once it was asked for often enough.
+
+    Args:
+        patience: questions until a reply is there.
+        membership: who is online from the n-th question about it; node ids as Flower's, random and large.
+    """
+
+    def __init__(self, app: ClientApp, membership: Mapping[int, Sequence[int]], patience: int = 3) -> None:
+        self.app, self.membership, self.patience = app, dict(membership), patience
+        self.partitions: dict[int, int] = {}
+        self.questions = 0
+        self._online: list[int] = []
+        self._pushed: dict[str, tuple[Message, int]] = {}
+        self._states: dict[int, RecordDict] = {}
+
+    def set_run(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        return self._run
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+                       ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        self._online = list(self.membership.get(self.questions, self._online))
+        self.questions += 1
+        for node_id in self._online:
+            self.partitions.setdefault(node_id, len(self.partitions))
+        return self._online
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str | None:
+        if message.metadata.dst_node_id not in self._online:
+            return None
+        name = f"m{len(self._pushed)}"
+        self._pushed[name] = with_id(message, clone_content(message.content), name), self.patience
+        return name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for name in message_ids:
+            message, left = self._pushed[name]
+            self._pushed[name] = message, left - 1
+            if left == 1:
+                replies.append(self._answer(message))
+        return replies
+
+    def _answer(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        state = self._states.setdefault(node_id, RecordDict())
+        partition = {"partition-id": self.partitions[node_id], "num-partitions": 3}
+        try:
+            return self.app(message, Context(1, node_id, partition, state, {"seed": 0}))
+        except (ValueError, RuntimeError) as error:
+            return Message(Error(2, repr(error)), reply_to=message)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        waiting = [name for name in self.push_messages(messages) if name is not None]
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies += self.pull_messages(waiting)
+        return replies
 
 
 def train_request(model: Model, node_id: int = 1000, ttl: float | None = None, **config: Any) -> Message:
