@@ -78,7 +78,8 @@ class TorchClient:
         params = self._load(message)
         data = self._training_data(request.site)
         work = self._work(request, len(data), context)
-        flat.module.train()
+        if not flat.module.training:
+            flat.module.train()
         with seeded_torch(derive_seed(request.seed, request.partition, "torch", request.draw), self.device):
             order = torch_generator(request.seed, request.partition, "train", request.draw)
             loss = train_steps(self.task, flat, data, work, self.optimizer, order)
