@@ -26,7 +26,7 @@ from fedcore.yaml_file import explain, parse
 App = TypeVar("App", ServerApp, ClientApp)
 
 RUN_CONFIG = "run-config"
-# As many SuperNodes as Flower's own app templates simulate.
+# Clients of an app that does not say how many it wants; as many as an experiment has by default.
 DEFAULT_NUM_NODES = 10
 # Of a stranger's traceback, so that a message fits on a screen.
 MOST_TRACEBACK_LINES = 16

@@ -1,6 +1,4 @@
 """What runs on the server: Flower's FedAvg."""
-import os
-
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -28,5 +26,5 @@ def main(grid: Grid, context: Context) -> None:
     strategy = FedAvg(fraction_train=float(config["fraction-train"]), fraction_evaluate=0.5, min_available_nodes=2)
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=int(config["num-server-rounds"]),
                             evaluate_fn=evaluate)
-    if (path := os.environ.get("DIGITS_APP_MODEL")) is not None:
-        torch.save(result.arrays.to_torch_state_dict(), path)
+    if config["save-model"]:
+        torch.save(result.arrays.to_torch_state_dict(), str(config["save-model"]))
