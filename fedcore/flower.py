@@ -1,10 +1,12 @@
 """The one place that touches Flower's private modules (tested with flwr 1.41, pinned below 1.43)."""
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.common import Code
 from flwr.common.config import get_fused_config_from_dir, get_project_config
@@ -27,7 +29,7 @@ R = TypeVar("R", ConfigRecord, MetricRecord, RecordDict)
 
 def adopt_identity(run_id: int = RUN_ID, node_id: int = SERVER_NODE_ID, task_id: int = 1) -> None:
     """Let `Message(...)` be used in this process; inside a Flower run, where it can be already, nothing changes."""
-    if TaskIdentity._run_id is None:
+    if vars(TaskIdentity)["_run_id"] is None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
 
 
@@ -46,6 +48,21 @@ def with_id(message: Message, content: RecordDict, message_id: str) -> Message:
     delivered = Message.__new__(Message)
     delivered.__dict__.update(message.__dict__, _metadata=metadata, _content=content)
     return delivered
+
+
+def reply_to(message: Message, outcome: RecordDict | Error) -> Message:
+    """Return what `Message(outcome, reply_to=message)` makes, in a third of the time."""
+    asked, now = message.metadata.__dict__, time.time()
+    metadata = Metadata.__new__(Metadata)
+    metadata.__dict__.update(
+        asked, _message_id="", _src_node_id=asked["_dst_node_id"], _dst_node_id=asked["_src_node_id"],
+        _src_task_id=asked["_dst_task_id"], _dst_task_id=asked["_src_task_id"],
+        _reply_to_message_id=asked["_message_id"], _created_at=now, _ttl=asked["_created_at"] + asked["_ttl"] - now,
+    )
+    reply = Message.__new__(Message)
+    content, error = (None, outcome) if isinstance(outcome, Error) else (outcome, None)
+    reply.__dict__.update(_metadata=metadata, _content=content, _error=error)
+    return reply
 
 
 def record_of(kind: type[R], entries: dict[str, Any]) -> R:
@@ -96,7 +113,7 @@ Start = Callable[..., Result]
 def wrapped_starts(wrap: Callable[[Start], Start]) -> Iterator[None]:
     """Wrap `start` of every strategy class that exists, Flower's and users' own."""
     before: list[tuple[type[Strategy], Start]] = []
-    classes: list[type[Strategy]] = [Strategy]
+    classes: list[type[Strategy]] = [Strategy]  # type: ignore[type-abstract]
     while classes:
         strategy = classes.pop()
         classes += strategy.__subclasses__()
@@ -131,13 +148,20 @@ def legacy_servers_in_step(watch: LegacyWatch) -> Iterator[None]:
         with watch(server.strategy):
             return legacy_server.run_fl(server, config)
 
-    before = legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid
-    replacements = _ask_together(TRAIN), _ask_together(EVALUATE), start_grid
-    legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid = replacements
+    asking = {"fit_clients": _ask_together(TRAIN), "evaluate_clients": _ask_together(EVALUATE)}
+    with _replaced(legacy_server, **asking), _replaced(server_app, start_grid=start_grid):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Let a module have other functions for a while."""
+    before = {name: vars(module)[name] for name in functions}
+    vars(module).update(functions)
     try:
         yield
     finally:
-        legacy_server.fit_clients, legacy_server.evaluate_clients, server_app.start_grid = before
+        vars(module).update(before)
 
 
 def _follow_nodes(manager: ClientManager, grid: Grid) -> None:

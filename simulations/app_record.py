@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.server.strategy import Strategy as LegacyStrategy
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedcore.flower import LegacyStrategy, Start
+from fedcore.flower import Start
 from fedcore.payload import wire_bytes
 from fedcore.recorder import Recorder
 from fedcore.simulations.app_folder import app_traceback

@@ -16,10 +16,10 @@ import logging
 import math
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 from weakref import WeakSet
 
 from fedcore.errors import NothingCanHappen
@@ -28,8 +28,7 @@ from fedcore.simulations.clock import Entry, EventHeap
 logger = logging.getLogger("fedcore")
 
 T = TypeVar("T")
-Callback = Callable[..., object]
-Awaited = Generator[Any, None, T] | Coroutine[Any, Any, T] | asyncio.Future[T]
+Ts = TypeVarTuple("Ts")
 DELIVERY, TIMER = 0, 1
 # So many waiting tasks are named when nothing can happen any more.
 MOST_NAMED_TASKS = 5
@@ -44,8 +43,14 @@ def run_virtual(main: Coroutine[Any, Any, T], num_threads: int | None = None) ->
     Raises:
         NothingCanHappen: every task waits, and nothing is under way that could wake one.
     """
-    with asyncio.Runner(loop_factory=lambda: VirtualLoop(num_threads)) as runner:
+    with asyncio.Runner(loop_factory=lambda: make_loop(num_threads)) as runner:
         return runner.run(main)
+
+
+def make_loop(num_threads: int | None = None) -> "VirtualLoop":
+    """Return a new virtual loop."""
+    # The base class is abstract in sockets, subprocesses and signals too, which have no place in virtual time.
+    return VirtualLoop(num_threads)  # type: ignore[abstract]
 
 
 async def sleep_until(at: float) -> None:
@@ -104,7 +109,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Virtual seconds since the loop was made."""
         return self._now
 
-    def call_soon(self, callback: Callback, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -113,18 +120,24 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     # work to `run_in_executor`, whose results are joined in order.
     call_soon_threadsafe = call_soon
 
-    def call_later(self, delay: float, callback: Callback, *args: Any, context: Context | None = None) -> VirtualTimer:
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> VirtualTimer:
         return self._plan(self._now + delay, TIMER, 0, callback, args, context)
 
-    def call_at(self, when: float, callback: Callback, *args: Any, context: Context | None = None) -> VirtualTimer:
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> VirtualTimer:
         return self._plan(when, TIMER, 0, callback, args, context)
 
-    def deliver_at(self, when: float, tie: int, callback: Callback, *args: Any) -> VirtualTimer:
+    def deliver_at(self, when: float, tie: int, callback: Callable[[*Ts], object], *args: *Ts) -> VirtualTimer:
         """Plan the arrival of a message: before all timers of that moment, and among arrivals by `tie`."""
         return self._plan(when, DELIVERY, tie, callback, args, None)
 
-    def _plan(self, when: float, priority: int, tie: int, callback: Callback, args: tuple[Any, ...],
-              context: Context | None) -> VirtualTimer:
+    def _plan(
+        self, when: float, priority: int, tie: int, callback: Callable[..., object], args: tuple[Any, ...],
+        context: Context | None,
+    ) -> VirtualTimer:
         if math.isnan(when):
             raise ValueError("the time of an event is not a number")
         timer = VirtualTimer(when, callback, args, self, context)
@@ -196,10 +209,10 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         more = f" and {len(waiting) - len(places)} more" if len(waiting) > len(places) else ""
         return f"At {self._now:g} s all coroutines wait and nothing is under way: {', '.join(places)}{more}."
 
-    def run_until_complete(self, future: Awaited[T]) -> T:
+    def run_until_complete(self, future: Generator[Any, None, T] | Awaitable[T]) -> T:
         """Run until a future is done, and return its result."""
         made_here = not asyncio.isfuture(future)
-        task = asyncio.ensure_future(future, loop=self)
+        task: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)  # type: ignore[arg-type]
         task.add_done_callback(self._stop_when_done)
         try:
             self.run_forever()
@@ -243,7 +256,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     def create_task(self, coro: Any, **kwargs: Any) -> "asyncio.Task[Any]":
         if self._task_factory is not None:
-            return self._task_factory(self, coro, **kwargs)  # type: ignore[no-any-return]
+            made: asyncio.Task[Any] = self._task_factory(self, coro, **kwargs)
+            return made
         return asyncio.Task(coro, loop=self, **kwargs)
 
     def set_task_factory(self, factory: Any) -> None:
@@ -252,7 +266,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def get_task_factory(self) -> Any:
         return self._task_factory
 
-    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> "asyncio.Future[T]":
         """Compute in another thread (or process) while the clock stands still."""
         if executor is None:
             self._executor = self._executor or ThreadPoolExecutor(self._num_threads)
