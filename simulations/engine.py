@@ -7,22 +7,21 @@ from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcore.clock import Event
-from fedcore.flower import adopt_identity, with_id
-from fedcore.payload import Estimate, clone_content, wire_bytes
+from fedcore.flower import adopt_identity, reply_to, with_id
+from fedcore.payload import clone_content, wire_bytes
 from fedcore.simulations.availability import Availability
 from fedcore.simulations.clock import EventHeap
 from fedcore.simulations.devices import Devices
-from fedcore.simulations.execute import CRASHED, GONE, NO_ANSWER, AppFactory, NodeInfo, execute
+from fedcore.simulations.execute import CRASHED, GONE, NO_ANSWER, AppFactory
 from fedcore.simulations.failures import Failures
+from fedcore.simulations.labour import FIRST_NODE_ID, Labour
+from fedcore.simulations.links import ServerLink
 from fedcore.simulations.memory import exempt_what_is_loaded
 from fedcore.simulations.network import Network
 from fedcore.simulations.sim_task import Coming, Expiry, Lane, SimTask, set_train_seconds, work_steps
-from fedcore.simulations.workers import WorkerPool
 
-FIRST_NODE_ID = 1000
 # At equal times: transfers start, then replies, then failures, then nodes that come and go (the hub's timers follow).
 UPLOAD, REPLY, FAILURE, MEMBERSHIP = -1, 0, 1, 2
-MEGABIT = 1e6
 
 
 class Engine:
@@ -53,9 +52,8 @@ class Engine:
         self.devices = devices or Devices(seed=seed)
         self.network = network or Network(seed=seed)
         self.availability, self.failures = availability, failures
-        self.app = app if isinstance(app, ClientApp) else app()
-        self.pool = WorkerPool(app, workers) if workers else None
-        self.run_config = dict({"seed": seed} if run_config is None else run_config)
+        self.labour = Labour(app, num_nodes, {"seed": seed} if run_config is None else run_config, workers)
+        self.link = ServerLink(self.network)
         self.now = 0.0
         self.heap = EventHeap()
         self.offline: set[int] = set()
@@ -63,13 +61,11 @@ class Engine:
         self.forgotten: set[str] = set()               # nobody wants their replies any more
         self._next_id = 0
         self._counts: dict[int, int] = {}              # tasks handed to each partition so far
-        self._states: dict[int, RecordDict] = {}       # clients' own memory, where they keep any
         self._lanes: dict[int, Lane] = {}
         self._unsettled: list[SimTask] = []            # whose duration is known only once they are computed
-        self._times: dict[str, SimTask] = {}
+        self._times: dict[str, dict[str, float] | None] = {}
         # Told of every task that ends, how, and whether anybody still wanted its reply.
         self.on_end: Callable[[SimTask, RecordDict | Error, bool], None] | None = None
-        self._link_free = {"down": 0.0, "up": 0.0}
         if availability is not None:
             for partition in range(num_nodes):
                 if not availability.is_on(partition, 0.0):
@@ -80,9 +76,9 @@ class Engine:
 
     def start_clock(self) -> None:
         """Call the present moment zero; only while nothing is under way."""
-        if not self.tasks and self.availability is None:
+        if self.heap.next_at() is None and not self._unsettled:
             self.now = 0.0
-            self._link_free = {"down": 0.0, "up": 0.0}
+            self.link = ServerLink(self.network)
 
     def next_event(self, until: float | None) -> Event | None:
         """Move the clock to what happens next, at most to `until`; None when nothing can ever happen."""
@@ -101,14 +97,11 @@ class Engine:
 
     def task_times(self, message_id: str | None) -> dict[str, float] | None:
         """Return how long the parts of a task took, once, after its reply was handed out."""
-        task = self._times.pop(message_id or "", None)
-        return None if task is None else task.times()
+        return self._times.pop(message_id or "", None)
 
     def close(self) -> None:
         """End the worker processes."""
-        if self.pool is not None:
-            self.pool.close()
-            self.pool = None
+        self.labour.close()
 
     # ---- sending ------------------------------------------------------------------------------------------------
 
@@ -125,11 +118,11 @@ class Engine:
         delivered = with_id(message, clone_content(message.content), name)
         task = SimTask(name, partition, delivered, self.now, index, self.now + message.metadata.ttl)
         self.tasks[name] = task
+        task.download_s = self.link.download_seconds(task, self.now, wire_bytes(delivered.content))
         if self.failures is not None and self.failures.loses_request(partition, index):
             task.stage = "unreachable"
             self._expire_later(task)
             return name
-        task.download_s = self._download(task)
         lane = self._lanes.get(partition)
         if lane is None:
             lane = self._lanes[partition] = Lane()
@@ -139,65 +132,36 @@ class Engine:
             self._expire_later(task)    # it may expire before its turn comes
         return name
 
-    def _download(self, task: SimTask) -> float:
-        size = wire_bytes(task.message.content)
-        own = self.network.download_seconds(task.partition, task.index, size)
-        shared = self.network.server_uplink_mbps
-        return own if shared is None else max(own, self._share("down", size, shared))
-
-    def _share(self, direction: str, size: int, mbps: float) -> float:
-        """Queue a transfer on the server's own link, first come first served; returns seconds until it is through."""
-        through = max(self.now, self._link_free[direction]) + 8 * size / (mbps * MEGABIT)
-        self._link_free[direction] = through
-        return through - self.now
-
     def _begin(self, lane: Lane, task: SimTask) -> None:
         """Let a node start on a task."""
         lane.running = task
         task.started_at = max(self.now, task.pushed_at + task.download_s)
-        estimate = self._estimate(task)
+        estimate = self.labour.estimate(task)
         if estimate is None:
             task.stage = "unsettled"
             self._unsettled.append(task)
             return
         self._plan(task, estimate.work_steps, estimate.reply_bytes)
-        if self.pool is not None and task.fate in ("ok", "reply_lost"):
-            self._submit(task)
-
-    def _estimate(self, task: SimTask) -> Estimate | None:
-        if (estimator := getattr(self.app, "estimate", None)) is None:
-            return None
-        context = self._info(task.partition).context(self._states.get(task.partition) or RecordDict())
-        try:
-            return estimator(task.message, context)  # type: ignore[no-any-return]
-        except Exception:  # a stranger's code may raise anything; computing the task makes an error reply of it
-            return None
+        if task.fate in ("ok", "reply_lost"):
+            self.labour.begin(task)
 
     def introduction(self, node_id: int) -> RecordDict | None:
         """Return what a node answers to a query, if its app can say it without one; counted as the node's task."""
         partition = node_id - FIRST_NODE_ID
-        if (describe := getattr(self.app, "describe", None)) is None:
-            return None
-        try:
-            content: RecordDict = describe(self._info(partition).context(RecordDict()))
-        except Exception:  # as above: asking the node makes an error reply of it
-            return None
-        self._counts[partition] = self._counts.get(partition, 0) + 1
+        content = self.labour.introduction(partition)
+        if content is not None:
+            self._counts[partition] = self._counts.get(partition, 0) + 1
         return content
-
-    def _info(self, partition: int) -> NodeInfo:
-        return NodeInfo(FIRST_NODE_ID + partition, partition, self.num_nodes, self.run_config)
 
     def _settle(self) -> None:
         """Compute the tasks whose duration only their reply tells, and plan their arrival."""
         if not self._unsettled:
             return
         tasks, self._unsettled = self._unsettled, []
-        if self.pool is not None:
-            for task in tasks:
-                self._submit(task)
         for task in tasks:
-            outcome = self._compute(task)
+            self.labour.begin(task)
+        for task in tasks:
+            outcome = self.labour.result(task)
             if isinstance(outcome, Error):
                 self._plan(task, None, 0)
             else:
@@ -216,13 +180,16 @@ class Engine:
                 return
             if self.failures.loses_reply(task.partition, task.index):
                 task.fate = "reply_lost"
-        task.upload_s = self.network.upload_seconds(task.partition, task.index, reply_bytes)
-        uploads_at = task.started_at + task.compute_s
+        task.upload_bytes, uploads_at = reply_bytes, task.started_at + task.compute_s
         if self.network.server_downlink_mbps is None:
-            self._arrive_at(task, uploads_at + task.upload_s)
-        else:
-            task.stage, task.upload_bytes = "uploading", reply_bytes
+            self._upload(task, uploads_at)
+        else:    # the server's link is shared in the order in which uploads begin
+            task.stage = "uploading"
             task.entry = self.heap.push(uploads_at, UPLOAD, task.partition, task)
+
+    def _upload(self, task: SimTask, at: float) -> None:
+        task.upload_s = self.link.upload_seconds(task, at, task.upload_bytes)
+        self._arrive_at(task, at + task.upload_s)
 
     def _arrive_at(self, task: SimTask, at: float) -> None:
         task.stage, task.arrives_at = "arriving", at
@@ -233,51 +200,24 @@ class Engine:
     def _expire_later(self, task: SimTask) -> None:
         task.expiry = self.heap.push(task.expires_at, FAILURE, task.partition, Expiry(task))
 
-    # ---- computing ----------------------------------------------------------------------------------------------
-
-    def _submit(self, task: SimTask) -> None:
-        assert self.pool is not None
-        if task.future is None and task.outcome is None:
-            state = self._states.get(task.partition) or RecordDict()
-            wanted_at = task.started_at if task.arrives_at is None else task.arrives_at
-            task.future = self.pool.submit((task.message, self._info(task.partition), state), wanted_at)
-
-    def _compute(self, task: SimTask) -> RecordDict | Error:
-        """Return a task's outcome, computing it now if nobody has."""
-        if task.outcome is None:
-            if task.future is not None:
-                task.outcome, task.state_after = task.future.result()
-                task.future = None
-            else:
-                state, message = self._states.get(task.partition) or RecordDict(), task.message
-                if task.stage == "unsettled":    # a checkpoint may still want the request as it was
-                    message = with_id(message, clone_content(message.content), task.id)
-                task.outcome, task.state_after = execute(self.app, message, self._info(task.partition), state)
-        assert task.outcome is not None
-        return task.outcome
-
     # ---- what becomes of a task -----------------------------------------------------------------------------------
 
     def _advance(self, task: SimTask) -> Event | None:
         """A task's next moment has come."""
         if task.stage == "uploading":
-            assert self.network.server_downlink_mbps is not None
-            shared = self._share("up", task.upload_bytes, self.network.server_downlink_mbps)
-            task.upload_s = max(task.upload_s, shared)
-            self._arrive_at(task, self.now + task.upload_s)
+            self._upload(task, self.now)
             return None
         if task.fate == "gone":
             return self._hand_over(task, Error(GONE, "the node went offline"))
         if task.fate == "crash":
             self._free(task)
             return self._hand_over(task, Error(CRASHED, "the simulated device crashed while it was working"))
-        outcome = self._compute(task)
+        outcome = self.labour.result(task)
         if isinstance(outcome, Error) and task.stage == "arriving":
             task.stage = "failing"    # at equal times failures come after replies
             task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
             return None
-        if task.state_after:
-            self._states[task.partition] = task.state_after
+        self.labour.remember(task)
         self._free(task)
         if task.fate == "reply_lost" or self.now > task.expires_at:
             return None
@@ -308,8 +248,8 @@ class Engine:
             return None
         if isinstance(outcome, RecordDict):
             set_train_seconds(outcome, task.compute_s)
-        reply = Message(outcome, reply_to=task.message)
-        self._times[task.id] = task
+        reply = reply_to(task.message, outcome)
+        self._times[task.id] = task.times()
         task.outcome = task.state_after = None
         return Event("reply", self.now, FIRST_NODE_ID + task.partition, reply)
 
@@ -360,16 +300,17 @@ class Engine:
                  for partition, lane in self._lanes.items()}
         moments = [[at, item.partition, item.leaving] for at, item in self.heap.items() if isinstance(item, Coming)]
         return {
-            "now": self.now, "next_id": self._next_id, "counts": self._counts, "states": self._states,
+            "now": self.now, "next_id": self._next_id, "counts": self._counts,
+            "states": self.labour.states,
             "tasks": [task.state_dict() for task in held.values()], "awaited": list(self.tasks), "lanes": lanes,
             "offline": sorted(self.offline), "moments": moments, "forgotten": sorted(self.forgotten),
-            "link_free": self._link_free,
+            "link_free": self.link.free_at,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; replies that had been computed are computed again."""
         self.now, self._next_id, self._counts = state["now"], state["next_id"], state["counts"]
-        self._states, self._link_free = state["states"], state["link_free"]
+        self.labour.states, self.link.free_at = state["states"], state["link_free"]
         self.offline, self.forgotten = set(state["offline"]), set(state["forgotten"])
         self.heap = EventHeap()
         for at, partition, leaving in state["moments"]:
@@ -385,6 +326,8 @@ class Engine:
 
     def _replan(self, task: SimTask, expires: bool) -> None:
         """Put a task that was read from a checkpoint back into the heap."""
+        if expires:
+            self._expire_later(task)
         if task.stage == "unsettled":
             self._unsettled.append(task)
         elif task.stage == "uploading":
@@ -393,7 +336,5 @@ class Engine:
             assert task.arrives_at is not None
             priority = REPLY if task.stage == "arriving" else FAILURE
             task.entry = self.heap.push(task.arrives_at, priority, task.partition, task)
-        if expires:
-            self._expire_later(task)
-        if self.pool is not None and task.stage in ("uploading", "arriving") and task.fate in ("ok", "reply_lost"):
-            self._submit(task)
+        if task.stage in ("uploading", "arriving") and task.fate in ("ok", "reply_lost"):
+            self.labour.begin(task)

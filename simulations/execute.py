@@ -30,7 +30,9 @@ class NodeInfo:
         return Context(RUN_ID, self.node_id, config, state, dict(self.run_config))
 
 
-def execute(app: ClientApp, message: Message, info: NodeInfo, state: RecordDict) -> tuple[RecordDict | Error, RecordDict]:
+def execute(
+    app: ClientApp, message: Message, info: NodeInfo, state: RecordDict
+) -> tuple[RecordDict | Error, RecordDict]:
     """Run a client on a message.
 
     Args:
@@ -45,8 +47,9 @@ def execute(app: ClientApp, message: Message, info: NodeInfo, state: RecordDict)
     except (Exception, SystemExit):  # a stranger's code may raise anything; Flower makes it an error reply, so do we
         return Error(APP_RAISED, traceback.format_exc()), state
     if not isinstance(reply, Message):
-        kind = type(reply).__name__
-        return Error(APP_RAISED, f"the ClientApp returned a {kind} to {message.metadata.message_type!r}, not a Message"), state
+        returned, action = type(reply).__name__, message.metadata.message_type
+        return Error(APP_RAISED, f"the ClientApp returned a {returned} to {action!r}, not a Message"), state
     if reply.has_error():
         return reply.error, context.state
-    return reply.content, context.state
+    # What a client keeps it may put into its reply, too; who gets the reply must not change what the client keeps.
+    return clone_content(reply.content) if context.state else reply.content, context.state

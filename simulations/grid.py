@@ -135,6 +135,8 @@ class VirtualGrid(Grid):
             if event is None:
                 break
             self._keep(event)
+            while (event := self.next_event(self.now)) is not None and event.kind != "time":
+                self._keep(event)    # what comes at the same moment is there, too
         return unknown + [self._inbox.pop(name) for name in wanted if name in self._inbox]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -153,6 +155,7 @@ class VirtualGrid(Grid):
             if event.message is not None and event.message.metadata.reply_to_message_id in missing:
                 name = event.message.metadata.reply_to_message_id
                 missing.discard(name)
+                self.engine.task_times(name)
                 found[name] = event.message
             else:
                 self._keep(event)
