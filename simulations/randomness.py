@@ -9,11 +9,14 @@ import torch
 
 @contextmanager
 def global_randomness(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators; afterwards they are where they were before."""
+    """Seed Python's, NumPy's and torch's global generators; afterwards those on the CPU are where they were before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # Not `torch.manual_seed`: without a GPU in use it notes each call, with its stack, for the day when one is.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     try:
         yield
     finally:
