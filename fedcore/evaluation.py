@@ -70,11 +70,13 @@ class Poll:
     """One version's evaluation at the clients.
 
     Attributes:
+        asked: how many clients were asked.
         pending: answers still awaited.
         figures: by metric, then by partition: the value and the examples it was measured on.
     """
 
     version: int
+    asked: int
     pending: int
     figures: dict[str, dict[int, tuple[float, int]]] = field(default_factory=dict)
 
@@ -88,6 +90,11 @@ class Poll:
         examples, found = read_evaluation(content)
         for name, value in found.items():
             self.figures.setdefault(name, {})[partition] = (value, examples)
+
+    @property
+    def answers(self) -> int:
+        """How many clients have given usable figures."""
+        return max((len(by_partition) for by_partition in self.figures.values()), default=0)
 
     def means(self) -> dict[str, float]:
         """Return each metric's mean, weighted by examples, summed in ascending partition order."""

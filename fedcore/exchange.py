@@ -2,7 +2,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
@@ -60,7 +60,7 @@ class Exchange:
         self._kinds: dict[int, str] = {}          # what each partition says it can answer with
         self._tasks: dict[str, Task] = {}         # by message id
         self._by_id: dict[int, Task] = {}
-        self._unsent: deque[Failure] = deque()
+        self._unsent: deque[Task] = deque()
         self._waiting_room: dict[int, None] = {}
         self._next_task = 0
 
@@ -147,7 +147,7 @@ class Exchange:
             self.counts["lost"] += 1
             self._end(task, "lost", 0)
             self._note_failure(node, "the node could not be reached")
-            self._unsent.append(Failure(node, task.id, "the node could not be reached", NODE_GONE))
+            self._unsent.append(task)
         else:
             self.totals["bytes_down"] += bytes_down
             self._tasks[message_id] = task
@@ -166,8 +166,7 @@ class Exchange:
         """Drop all work under way, and say so in the timeline."""
         for task in list(self._by_id.values()):
             self._end(task, "cancelled", 0)
-            if task.message_id is not None:
-                self._tasks.pop(task.message_id, None)
+            task.abandoned = True
 
     def collect(self, sent: Sequence[Task], deadline_s: float | None = None, min_replies: int | None = None) -> Replies:
         """Wait for the answers to tasks that were sent (see `ask`)."""
@@ -188,13 +187,18 @@ class Exchange:
         for task in sent:
             if task.id in waiting:
                 task.abandoned = True
-                missing[task.id] = Failure(task.node, task.id, f"no answer within {deadline_s} s", 3)
+                missing[task.id] = Failure(task.node, task.id, f"no answer within {deadline_s} s", 3, task.action)
         by_partition = sorted(sent, key=lambda task: task.node.partition)
         return Replies([arrived[task.id] for task in by_partition if task.id in arrived],
                        [missing[task.id] for task in by_partition if task.id in missing])
 
-    def next_outcome(self, until: float | None) -> Answer | Failure | Event:
+    def next_outcome(
+        self, until: float | None, enough: Callable[[], bool] = lambda: False
+    ) -> Answer | Failure | Event:
         """Wait for the next thing that concerns a strategy; returns the event itself for joins, leaves and time.
+
+        What concerns no strategy (an evaluation at a client) is taken note of on the way. When it ends the run, or is
+        `enough` for the caller, an `Event` of kind `time` is returned.
 
         Raises:
             NothingCanHappen: nobody works, no timer is set, and no node will come.
@@ -202,7 +206,13 @@ class Exchange:
         """
         while True:
             if self._unsent:
-                return self._unsent.popleft()
+                task = self._unsent.popleft()
+                gone = Failure(task.node, task.id, "the node could not be reached", NODE_GONE, task.action)
+                if (unsent := self._intercept(task, gone)) is not None:
+                    return unsent
+                if self.stop_reason is not None or enough():
+                    return Event("time", self._now)
+                continue
             limit = None if self.closing else self.options.stop.seconds
             target = min((at for at in (until, limit) if at is not None), default=None)
             event = self.grid.next_event(None if target is None else target + self._epoch)
@@ -222,6 +232,8 @@ class Exchange:
             outcome = self._receive(event.message)
             if outcome is not None:
                 return outcome
+            if self.stop_reason is not None or enough():
+                return Event("time", self._now)
 
     def dead_end(self) -> FedcoreError:
         """Return the error that says why the run cannot go on."""
@@ -250,14 +262,16 @@ class Exchange:
             self.recorder.metric(self._now, "refused", version=self.version,
                                  node=known.partition if known else None, reason="a reply to an unknown task, or a second one")
             return None
+        task.answered_at = self._now
         failed = message.has_error()
         size = 0 if failed else wire_bytes(message.content)
         self.totals["bytes_up"] += size
         if task.abandoned:
-            self._end(task, "cancelled", size)
+            if task.id in self._by_id:
+                self._end(task, "cancelled", size)
             return None
         outcome = self._fail(task, message) if failed else Answer(
-            task.node, task.id, message.content, message, self._now - task.sent_at, size
+            task.node, task.id, message.content, message, self._now - task.sent_at, size, task.action
         )
         return self._intercept(task, outcome)
 
@@ -270,7 +284,7 @@ class Exchange:
         reason = f"node {task.node.partition} {ERROR_WORDS.get(code, ERROR_WORDS[0])}"
         if message.error.reason:
             reason += f": {message.error.reason.strip()}"
-        failure = Failure(task.node, task.id, reason, code)
+        failure = Failure(task.node, task.id, reason, code, task.action)
         if task.action.startswith(MessageType.QUERY):
             self._end(task, "failed", 0)
             return failure    # clients of plain Flower apps answer no queries; that is no failure of theirs
@@ -289,7 +303,7 @@ class Exchange:
         logger.warning("Refused a reply of node %d: %s", task.node.partition, printable(reason))
         self._end(task, "refused", bytes_up)
         self._note_failure(task.node, reason)
-        return Failure(task.node, task.id, reason, REFUSED)
+        return Failure(task.node, task.id, reason, REFUSED, task.action)
 
     def _note_failure(self, node: Node, reason: str) -> None:
         self.failures_in_a_row[node.partition] = self.failures_in_a_row.get(node.partition, 0) + 1
@@ -303,7 +317,7 @@ class Exchange:
         parts = getattr(self.grid, "task_times", lambda _: {})(task.message_id) or {}
         self.recorder.task({
             "task": task.id, "node": task.node.partition, "kind": task.action, "start_s": task.sent_at,
-            "end_s": self._now, "download_s": parts.get("download_s"), "queue_s": parts.get("queue_s"),
+            "end_s": self._now if task.answered_at is None else task.answered_at, "download_s": parts.get("download_s"), "queue_s": parts.get("queue_s"),
             "compute_s": parts.get("compute_s"), "upload_s": parts.get("upload_s"),
             "local_steps": task.local_steps if local_steps is None else local_steps,
             "base_version": task.base_version, "staleness": self.version - task.base_version, "outcome": outcome,

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from torch import Tensor
 
+from fedcore.clock import Event
 from fedcore.errors import EmptyRound, MalformedReply
 from fedcore.evaluation import Poll, Scores, read_evaluation
 from fedcore.exchange import Exchange, HubGrid
@@ -69,7 +70,9 @@ class Hub(Exchange):
         })
         for name, value in {**self.options.train_config, **(config or {})}.items():
             settings[name] = value
-        if local_steps is not None:
+        if local_steps is None:
+            local_steps = settings.get("local-steps")    # what the run tells every client, if it does
+        else:
             settings["local-steps"] = local_steps
         wanted = str(settings["reply"])
         content = record_of(RecordDict, {ARRAYS: self.model_record(), CONFIG: settings})
@@ -148,7 +151,9 @@ class Hub(Exchange):
             self.record_evaluation(rule.fn(self.model), self.version, "server")
             return
         nodes = self.nodes if nodes is None else nodes
-        self._polls[self.version] = Poll(self.version, pending=len(nodes))
+        if not nodes:
+            return    # nobody is here to ask
+        self._polls[self.version] = Poll(self.version, asked=len(nodes), pending=len(nodes))
         for node in nodes:
             config = ConfigRecord({"version": self.version, "seed": self.seed})
             self.send_to(node, MessageType.EVALUATE, RecordDict({ARRAYS: self.model_record(), CONFIG: config}))
@@ -198,10 +203,26 @@ class Hub(Exchange):
         if not self.totals["client_updates"] and tried and min(tried) >= MAX_FAILURES_IN_A_ROW:
             raise self.dead_end()
 
-    def finish_polls(self) -> None:
-        """Wait until the evaluations under way at the clients are complete."""
-        while self._polls:
-            self.next_outcome(None)
+    def finish_polls(self, within_s: float = math.inf) -> None:
+        """Wait until the evaluations under way at the clients are complete, or for so many seconds.
+
+        Whoever has not answered by then is left out.
+        """
+        limit = None if math.isinf(within_s) else self._now + within_s
+        while self._polls and (limit is None or self._now < limit):
+            outcome = self.next_outcome(limit, enough=lambda: not self._polls)
+            if isinstance(outcome, Event):
+                self.note_membership(outcome)
+        for poll in list(self._polls.values()):
+            self._close_poll(poll)
+
+    def drop_polls(self) -> None:
+        """Forget the evaluations under way at the clients."""
+        self._polls = {}
+
+    def end_clock(self, at: float) -> None:
+        """Call the time at which training ended the run's last."""
+        self._now = at
 
     def read_reply(self, answer: Answer) -> Reply | Failure:
         """Validate a training answer; a malformed one becomes a failure, is counted, and touches nothing."""
@@ -273,15 +294,21 @@ class Hub(Exchange):
             else:
                 self._end(task, "ok", outcome.bytes_up)
         if poll.pending == 0:
-            del self._polls[poll.version]
-            if poll.figures:
-                self.record_evaluation(poll.means(), poll.version, "clients")
+            self._close_poll(poll)
         return None
 
-    def record_evaluation(self, figures: Mapping[str, float], version: int, where: str) -> None:
+    def _close_poll(self, poll: Poll) -> None:
+        del self._polls[poll.version]
+        if 2 * poll.answers > poll.asked:
+            self.record_evaluation(poll.means(), poll.version, "clients", evaluated_by=poll.answers)
+        else:
+            # The mean of a few clients would be taken for the model's quality.
+            self.log(unfinished_evaluation=poll.version, answers=poll.answers, asked=poll.asked)
+
+    def record_evaluation(self, figures: Mapping[str, float], version: int, where: str, **details: Any) -> None:
         """Write an evaluation, and stop the run when it reaches the target."""
         self.counts["evaluations"] += 1
-        self.recorder.metric(self._now, "evaluate", version=version, where=where, **figures, **self.totals)
+        self.recorder.metric(self._now, "evaluate", version=version, where=where, **figures, **self.totals, **details)
         if self.scores.add(figures, self._now, self.options.stop.target):
             self.stop("target")
 
@@ -295,7 +322,7 @@ class Hub(Exchange):
             **own, **inner, "totals": self.totals, "counts": self.counts, "scores": vars(self.scores),
             "nodes": [as_plain(node) for node in self.nodes],
             "tasks": [{**as_plain(task), "node": as_plain(task.node)} for task in self._tasks.values()],
-            "unsent": [{**as_plain(failure), "node": as_plain(failure.node)} for failure in self._unsent],
+            "unsent": [{**as_plain(task), "node": as_plain(task.node)} for task in self._unsent],
             "polls": [vars(poll) for poll in self._polls.values()], "recorder": self.recorder.state_dict(),
         }
 
@@ -307,10 +334,11 @@ class Hub(Exchange):
         self.scores = Scores(**state["scores"])
         nodes = [Node(**fields) for fields in state["nodes"]]
         self.add_nodes([(node, self._kinds.get(node.partition, "")) for node in nodes])
-        tasks = [Task(**{**fields, "node": Node(**fields["node"])}) for fields in state["tasks"]]
+        tasks, unsent = ([Task(**{**fields, "node": Node(**fields["node"])}) for fields in state[name]]
+                         for name in ("tasks", "unsent"))
         self._tasks = {task.message_id: task for task in tasks if task.message_id}
         self._by_id = {task.id: task for task in tasks}
-        self._unsent = deque(Failure(**{**fields, "node": Node(**fields["node"])}) for fields in state["unsent"])
+        self._unsent = deque(unsent)
         self._polls = {fields["version"]: Poll(**fields) for fields in state["polls"]}
         # Time during which nobody ran does not count: the epoch moves with the grid's clock.
         self._epoch = self.grid.now - self._now

@@ -9,12 +9,15 @@ from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 
 from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
-from fedcore.errors import NothingCanHappen, RunEnded
+from fedcore.errors import AllNodesFailed, NothingCanHappen
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, INFO
 from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Task
 
 logger = logging.getLogger("fedcore")
+
+# How long the clients may take for the evaluation after the end; whoever has not answered by then is left out.
+LAST_EVALUATION_S = 600.0
 
 
 class Saveable(Protocol):
@@ -156,7 +159,7 @@ class Session:
             if isinstance(outcome, Event) and outcome.kind == "join":
                 assert outcome.node_id is not None
                 self._query(self._stranger(outcome.node_id))
-            elif not isinstance(outcome, Event) and outcome.node.id not in hub.node_ids:
+            elif not isinstance(outcome, Event) and outcome.action.startswith(MessageType.QUERY):
                 if isinstance(outcome, Failure) and outcome.code == NODE_GONE:
                     continue
                 content = outcome.content if isinstance(outcome, Answer) else None
@@ -234,12 +237,16 @@ class Session:
         if self.checkpoints:
             self.save()
         hub.closing = True
+        hub.drop_polls()
         on_stop()
         hub.cancel_all()
+        stopped_at = hub.now
         hub.evaluate()
         try:
-            hub.finish_polls()
-        except (NothingCanHappen, RunEnded):
+            hub.finish_polls(LAST_EVALUATION_S)
+        except (NothingCanHappen, AllNodesFailed):
             logger.warning("The last evaluation at the clients could not be completed.")
+        # The run's time is what training took; looking at the result afterwards does not count.
+        hub.end_clock(stopped_at)
         hub.recorder.metric(hub.now, "stop", version=hub.version, reason=hub.stop_reason, **hub.totals)
         hub.recorder.flush()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from torch import Tensor
 
 from fedcore.vectors import Model
@@ -60,6 +60,7 @@ class Task:
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more
+    answered_at: float | None = None
 
 
 @dataclass(eq=False)
@@ -135,12 +136,14 @@ class Failure:
     Attributes:
         code: Flower's error code, or `REFUSED` for a reply that failed validation.
         reason: for people; may hold a client's traceback.
+        action: what the node had been asked for (Flower's message type).
     """
 
     node: Node
     task_id: int
     reason: str
     code: int
+    action: str = MessageType.TRAIN
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Answer:
     message: Message = field(repr=False)
     elapsed_s: float = 0.0
     bytes_up: int = 0
+    action: str = MessageType.TRAIN
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,10 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text[:8000])
 
 
+# Errors that a person has to look into; a node that dies or goes offline is part of life, and counted.
+USERS_CODE = (1, 2, 6)
+
+
 class ShowOnce:
     """Logs each node's exception once, with its traceback; repetitions are only counted."""
 
@@ -181,6 +189,6 @@ class ShowOnce:
 
     def __call__(self, failure: Failure) -> None:
         last_line = failure.reason.rstrip().rsplit("\n", 1)[-1]
-        if failure.code in (1, 2, 6, 8) and (failure.node.partition, last_line) not in self._seen:
+        if failure.code in USERS_CODE and (failure.node.partition, last_line) not in self._seen:
             self._seen.add((failure.node.partition, last_line))
             logger.error("%s", printable(failure.reason))

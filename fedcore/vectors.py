@@ -4,6 +4,7 @@ Strategies do their mathematics on vectors: a line of a paper is then a line of 
 vector, in the order of the module's state dict; everything else in the state dict (BatchNorm statistics, integer
 counters) is a *buffer*: kept by name, never added to a gradient or an update.
 """
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,8 +209,14 @@ class Model:
         module.load_state_dict(self.state_dict())
 
     def save(self, path: Path) -> None:
-        """Write the state dict as safetensors."""
-        save_file({name: tensor.contiguous().clone() for name, tensor in self.state_dict().items()}, path)
+        """Write the state dict as safetensors, atomically."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file({name: tensor.contiguous().clone() for name, tensor in self.state_dict().items()}, temporary)
+        # safetensors makes files that only their owner can read; a result is as readable as its neighbours.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
 
     @staticmethod
     def load(path: Path, layout: Layout) -> "Model":

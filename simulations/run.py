@@ -225,6 +225,7 @@ class _Simulation:
             round_deadline_s=settings.round.deadline_s,
             min_replies_share=settings.round.min_replies_share,
             task_timeout_s=settings.round.task_timeout_s,
+            train_config={} if settings.train.local_steps is None else {"local-steps": settings.train.local_steps},
         )
 
     def run(self, resuming: bool) -> Run:

@@ -22,7 +22,7 @@ from fedcore.report import write_comparison
 
 HERE = Path(__file__).parent
 LOCAL_RATES = (0.2, 0.1, 0.05)    # the fastest first: what falls behind the best so far is cut off
-SERVER_RATES = (2.0, 1.0, 0.5)
+SERVER_RATES = (2.0, 4.0, 1.0, 0.5)
 MANY, FEW = 50, 10
 TUNING_SEED, REPORT_SEEDS = 100, (0, 1, 2)
 
