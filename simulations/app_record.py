@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
-from flwr.server.strategy import Strategy as LegacyStrategy
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedcore.flower import Start
+from fedcore.flower import LegacyStrategy, Start
 from fedcore.payload import wire_bytes
 from fedcore.recorder import Recorder
 from fedcore.simulations.app_folder import app_traceback
@@ -151,8 +150,9 @@ class AppRecord:
         def aggregate_train(server_round: int, replies: Iterable[Message]) -> Any:
             replies = list(replies)
             aggregated = train(server_round, replies)
-            self.version = first + server_round
-            self._updated(replies, aggregated[1])
+            if aggregated[0] is not None:    # else the round failed, and the model is as it was
+                self.version = first + server_round
+                self._updated(replies, aggregated[1])
             return aggregated
 
         def aggregate_evaluate(server_round: int, replies: Iterable[Message]) -> Any:
@@ -178,9 +178,10 @@ class AppRecord:
 
         def aggregate_fit(server_round: int, results: list[Any], failures: list[Any]) -> Any:
             aggregated = fit(server_round, results, failures)
-            self.version = first + server_round
-            nodes = [self._grid.partition_of(proxy.node_id) for proxy, _ in results]
-            self._update_row(nodes, aggregated[1])
+            if aggregated[0] is not None:
+                self.version = first + server_round
+                nodes = [self._grid.partition_of(proxy.node_id) for proxy, _ in results]
+                self._update_row(nodes, aggregated[1])
             return aggregated
 
         def aggregate_evaluate(server_round: int, results: list[Any], failures: list[Any]) -> Any:

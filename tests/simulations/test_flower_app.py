@@ -555,6 +555,12 @@ def test_a_clients_exception_is_shown_with_its_node_and_the_run_goes_on(make_app
         (0, "ok"), (1, "ok"), (2, "failed"), (3, "ok")}
 
 
+def test_a_round_without_a_reply_makes_no_version(make_app, out):
+    client = CLIENT.replace('target = float(context.node_config["partition-id"])', "raise ValueError")
+    run = simulate_app(make_app(client=client), num_nodes=2, out=out)
+    assert (run.summary["versions"], run.summary["failures"], rows(run, "update")) == (0, 6, [])
+
+
 def test_when_all_clients_fail_the_run_ends_with_an_error_and_a_folder(make_app, out):
     client = train_of("raise RuntimeError('no data')")
     with pytest.raises(AllNodesFailed, match="All 2 messages to clients failed.*RuntimeError: no data"):
