@@ -8,11 +8,10 @@ from flwr.app import Error, Message, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedcore.clock import Event
 from fedcore.errors import NothingCanHappen
-from fedcore.flower import empty_run
+from fedcore.flower import Run, empty_run
 from fedcore.simulations.availability import Availability
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.engine import FIRST_NODE_ID, Engine

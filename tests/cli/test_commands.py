@@ -13,8 +13,8 @@ import yaml
 import fedcore as package
 from fedcore.runs import Run
 from fedcore.simulations import run as run_module
-from tests.cli.conftest import ROOT
 
+ROOT = Path(__file__).parents[2]
 FAST = {
     "task": "digits", "strategy": "fedbuff", "clients": {"count": 4}, "train": {"local_steps": 2},
     "stop": {"rounds": 3}, "simulation": {"network": {"latency_s": 0.01}},
@@ -35,7 +35,8 @@ def test_simulate_writes_a_complete_folder_and_says_where(fedcore, experiment, t
     result = fedcore("simulate", experiment, "--out", "out")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "timeline.jsonl", "summary.json", "model.safetensors", "clients.json", "report.html"
+        "config.yaml", "metrics.jsonl", "timeline.jsonl", "summary.json", "model.safetensors", "clients.json",
+        "report.html",
     }
     for words in ("fedbuff on digits, 4 clients, seed 0: out", "all rounds are done", "report: out/report.html"):
         assert words in result.stdout
@@ -78,7 +79,9 @@ def test_a_missed_target_is_status_3_and_a_reached_one_0(fedcore, experiment, tm
 def test_settings_without_effect_are_noted(fedcore, experiment):
     result = fedcore("simulate", experiment, "--set", "strategy=fedcompass")
     assert result.exit_code == 0
-    assert "Note: train.local_steps has no effect: fedcompass chooses every client's local steps itself." in result.stderr
+    assert result.stderr == (
+        "Note: train.local_steps has no effect: fedcompass chooses every client's local steps itself.\n"
+    )
 
 
 def test_a_run_that_fails_is_status_1_with_its_folder_and_report(fedcore, experiment, tmp_path):
@@ -97,7 +100,7 @@ def test_a_defect_is_one_line_and_its_traceback_a_file_in_the_run_folder(fedcore
     monkeypatch.setattr(run_module, "simulate", broken)
     result = fedcore("simulate", experiment, "--out", "out")
     assert result.exit_code == 1
-    assert result.stderr.splitlines() == ["Error: ZeroDivisionError: a defect", "The full traceback is in out/error.log."]
+    assert result.stderr == "Error: ZeroDivisionError: a defect\nThe full traceback is in out/error.log.\n"
     assert "Traceback (most recent call last)" in (tmp_path / "out" / "error.log").read_text()
 
 
@@ -162,7 +165,8 @@ def test_check_shows_all_settings_the_model_and_the_data(fedcore, experiment):
     settings, facts = result.stdout.split("\n\n", 1)
     assert yaml.safe_load(settings)["train"]["lr"] == 0.05
     for words in (r"model +7 510 parameters, 30 kB", r"examples per client +359 to 360, median 360, 1 438 together",
-                  r"seconds per local step +0.1 s to 0.1 s", r"upload of one model +0.24 s", r"can be run: fedcore simulate"):
+                  r"seconds per local step +0.1 s to 0.1 s", r"upload of one model +0.24 s",
+                  r"can be run: fedcore simulate"):
         assert re.search(words, facts), (words, facts)
 
 
