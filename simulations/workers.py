@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
 from fedcore.errors import BadInput, WorkerDied
 
-Job = Callable[[], Any]
+# What pickle raises about an object that cannot leave its process.
+NOT_SENDABLE = (pickle.PicklingError, AttributeError, TypeError)
 
 
 def send(link: Connection, value: Any) -> None:
@@ -59,7 +59,7 @@ class WorkerPool:
     def __init__(self, make_app: Any, size: int):
         try:
             recipe = pickle.dumps(make_app)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except NOT_SENDABLE as error:
             raise BadInput(
                 f"This client cannot be built in a worker process: {error}. Name its task in a file "
                 "(module:Class), or run with workers=0."
@@ -98,6 +98,9 @@ class WorkerPool:
                     send(link, job)
                     future.set_result(receive(link))
                     continue
+            except NOT_SENDABLE as error:
+                future.set_exception(WorkerDied(f"A task cannot be sent to a worker process: {error}. Use workers=0."))
+                continue
             except (EOFError, OSError) as error:
                 kind = type(error).__name__
                 problem = f"it ended while computing a client's task ({kind}); perhaps it ran out of memory"
@@ -111,16 +114,15 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; nobody wants what they are computing any more."""
         for _ in self._threads:
-            self._jobs.put((float("inf"), self._count + 1, None, None))
+            self._jobs.put((float("-inf"), self._count + 1, None, None))    # before any task that still waits
             self._count += 1
         for process in self._processes:
-            try:
-                process.wait(timeout=2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
+        for thread in self._threads:
+            thread.join()
 
 
 WORKER_COMMAND = """
@@ -140,9 +142,10 @@ def serve(link: Connection) -> None:
     import signal
 
     import torch
+    from flwr.app import Error
 
     from fedcore.flower import adopt_identity
-    from fedcore.simulations.execute import execute
+    from fedcore.simulations.execute import APP_RAISED, execute
     from fedcore.simulations.memory import exempt_what_is_loaded
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent, which ends the run cleanly
@@ -160,4 +163,8 @@ def serve(link: Connection) -> None:
             message, info, state = receive(link)
         except (EOFError, OSError):
             return
-        send(link, execute(app, message, info, state))
+        outcome = execute(app, message, info, state)
+        try:
+            send(link, outcome)
+        except NOT_SENDABLE as error:
+            send(link, (Error(APP_RAISED, f"the ClientApp's reply cannot be sent: {error}"), state))
