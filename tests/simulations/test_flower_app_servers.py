@@ -3,9 +3,7 @@ import json
 
 import pytest
 
-from fedcore.errors import (
-    NothingCanHappen,
-)
+from fedcore.errors import NothingCanHappen
 from fedcore.simulations.flower_app import simulate_app
 
 
