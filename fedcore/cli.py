@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 failed, 2 bad input, 3 stopped without reaching a demanded target, 130 interrupted.
 """
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -76,7 +77,9 @@ class Commands(TyperGroup):
 
         log = _write_log("".join(traceback.format_exception(error)), ctx)
         last = (str(error).strip().splitlines() or ["no message"])[-1]
-        show_error(f"{type(error).__name__}: {last[:400]}\nThe full traceback is in {log}.")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        show_error(f"{type(error).__name__}: {last[:400]} ({place.filename}, line {place.lineno})\n"
+                   f"The full traceback is in {log}.")
         raise typer.Exit(FAILED) from None
 
 
@@ -266,5 +269,9 @@ def main() -> None:
     # Both would wait for a network that a simulation does not need.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     with _quiet_pipe():
         app(prog_name="fedcore")

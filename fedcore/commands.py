@@ -9,7 +9,7 @@ from rich.syntax import Syntax
 
 from fedcore.cli import DONE, FOLDER, INTERRUPTED, TARGET_MISSED
 from fedcore.config import Experiment, load_experiment
-from fedcore.errors import BadInput, FedcoreError, InvalidSetting
+from fedcore.errors import BadInput, InvalidSetting
 from fedcore.progress import Figures, Progress
 from fedcore.recorder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE
 from fedcore.report import comparison_rows, write_comparison, write_report
@@ -55,7 +55,7 @@ def run_experiment(
         console.print(f"Stopped at once. Continue from its last checkpoint: fedcore simulate --resume {folder}",
                       markup=False, soft_wrap=True)
         return INTERRUPTED
-    except FedcoreError:
+    except Exception:
         if (folder / CONFIG_FILE).is_file():
             console.print(f"What was done until then: {write_report(folder)}", markup=False, soft_wrap=True)
         raise
@@ -82,7 +82,7 @@ def _remove_if_empty(folder: Path) -> None:
 def _conclude(console: Console, run: Run) -> int:
     """Print how a run ended; returns the exit status."""
     summary = run.summary
-    rows = [(name, plain_spaces(value)) for name, value in summary_rows(summary)]
+    rows = [(plain_spaces(name), plain_spaces(value)) for name, value in summary_rows(summary)]
     console.print()
     console.print(pairs(rows))
     console.print(f"\nreport: {run.folder / REPORT_FILE}", markup=False, soft_wrap=True)

@@ -29,8 +29,8 @@ def fedcore(tmp_path, monkeypatch) -> Fedcore:
 @pytest.fixture
 def process(tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command as a user's shell would."""
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"} | variables
         return subprocess.run([sys.executable, "-m", "fedcore", *map(str, words)], cwd=tmp_path, env=environment,
                               text=True, capture_output=True, timeout=200, check=False)
     return run

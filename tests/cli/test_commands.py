@@ -100,8 +100,34 @@ def test_a_defect_is_one_line_and_its_traceback_a_file_in_the_run_folder(fedcore
     monkeypatch.setattr(run_module, "simulate", broken)
     result = fedcore("simulate", experiment, "--out", "out")
     assert result.exit_code == 1
-    assert result.stderr == "Error: ZeroDivisionError: a defect\nThe full traceback is in out/error.log.\n"
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"Error: ZeroDivisionError: a defect ({__file__}, line ")
+    assert second == "The full traceback is in out/error.log."
     assert "Traceback (most recent call last)" in (tmp_path / "out" / "error.log").read_text()
+
+
+def test_a_defect_in_a_users_strategy_leaves_the_report_of_what_was_done(fedcore, experiment, tmp_path):
+    (tmp_path / "hasty_strategy.py").write_text(
+        "from fedcore.strategies.fedbuff import FedBuff\n\n\nclass Hasty(FedBuff):\n"
+        "    def on_reply(self, hub, reply):\n        raise LookupError('lost my way')\n"
+    )
+    result = fedcore("simulate", experiment, "--out", "out", "--set", "strategy=hasty_strategy:Hasty")
+    assert result.exit_code == 1
+    assert f"LookupError: lost my way ({tmp_path / 'hasty_strategy.py'}, line 6)" in result.stderr
+    assert {"error.log", "report.html", "summary.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_terminal_without_unicode_gets_question_marks(process, experiment):
+    result = process("simulate", experiment, "--set", "stop.rounds=1", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+
+
+def test_whoever_reads_the_output_may_leave_early(experiment, tmp_path):
+    command = f"{sys.executable} -m fedcore list strategies | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert result.stdout == "strategies, named under strategy\n"
+    assert result.stderr == ""
 
 
 def test_bad_input_found_late_leaves_no_empty_folder(fedcore, experiment, tmp_path):
