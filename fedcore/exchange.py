@@ -64,7 +64,7 @@ class Exchange:
         self._waiting_room: dict[int, None] = {}
         self._next_task = 0
 
-    # ---- nodes and time -------------------------------------------------------------------------------------------------
+    # ---- nodes and time ---------------------------------------------------------------------------------------------
 
     @property
     def now(self) -> float:
@@ -128,7 +128,7 @@ class Exchange:
             restart()
         self._epoch, self._now = self.grid.now, 0.0
 
-    # ---- sending and waiting --------------------------------------------------------------------------------------------
+    # ---- sending and waiting ----------------------------------------------------------------------------------------
 
     def send_to(self, node: Node, action: str, content: RecordDict, **details: Any) -> Task:
         """Push a message; a grid that refuses it makes the task fail at the next turn of the loop, not here."""
@@ -252,15 +252,15 @@ class Exchange:
         if self.stop_reason is None:
             self.stop_reason = reason
 
-    # ---- what comes back ------------------------------------------------------------------------------------------------
+    # ---- what comes back --------------------------------------------------------------------------------------------
 
     def _receive(self, message: Message) -> Answer | Failure | None:
         task = self._tasks.pop(message.metadata.reply_to_message_id, None)
         if task is None:
             self.counts["refused"] += 1
             known = self._nodes.get(message.metadata.src_node_id)
-            self.recorder.metric(self._now, "refused", version=self.version,
-                                 node=known.partition if known else None, reason="a reply to an unknown task, or a second one")
+            self.recorder.metric(self._now, "refused", version=self.version, node=known.partition if known else None,
+                                 reason="a reply to an unknown task, or a second one")
             return None
         task.answered_at = self._now
         failed = message.has_error()

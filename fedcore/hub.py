@@ -3,6 +3,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -21,8 +22,12 @@ from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
 
+# Plain attributes that a checkpoint holds as they are.
+SAVED = ("model", "version", "round_index", "expected", "failures_in_a_row", "_now", "_kinds", "_timers", "_draws",
+         "_next_task", "_waiting_room")
 # A node that fails so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
+NODE_FIELDS = tuple(entry.name for entry in fields(Node))
 
 
 class Hub(Exchange):
@@ -45,7 +50,7 @@ class Hub(Exchange):
         self._draws: dict[int, int] = {}          # training tasks given to each partition so far
         self._record: tuple[Model, VectorRecord] | None = None
 
-    # ---- what strategies use --------------------------------------------------------------------------------------------
+    # ---- what strategies use ----------------------------------------------------------------------------------------
 
     def train(
         self,
@@ -71,7 +76,8 @@ class Hub(Exchange):
         for name, value in {**self.options.train_config, **(config or {})}.items():
             settings[name] = value
         if local_steps is None:
-            local_steps = settings.get("local-steps")    # what the run tells every client, if it does
+            told = settings.get("local-steps")    # what the run tells every client, if it does
+            local_steps = told if isinstance(told, int) else None
         else:
             settings["local-steps"] = local_steps
         wanted = str(settings["reply"])
@@ -184,7 +190,7 @@ class Hub(Exchange):
             sent.append(self.send_to(node, action, body, local_steps=steps if isinstance(steps, int) else None))
         return self.collect(sent, deadline_s, min_replies)
 
-    # ---- the loop's side ------------------------------------------------------------------------------------------------
+    # ---- the loop's side --------------------------------------------------------------------------------------------
 
     def next_timer(self) -> float | None:
         """Return when the next timer is due, None when none is set."""
@@ -312,15 +318,15 @@ class Hub(Exchange):
         if self.scores.add(figures, self._now, self.options.stop.target):
             self.stop("target")
 
-    # ---- what survives a restart ----------------------------------------------------------------------------------------
+    # ---- what survives a restart ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that must survive a restart, tasks under way included."""
-        own = {name: getattr(self, name) for name in ("model", "version", "round_index", "expected", "failures_in_a_row")}
-        inner = {name: getattr(self, name) for name in ("_now", "_kinds", "_timers", "_draws", "_next_task", "_waiting_room")}
         return {
-            **own, **inner, "totals": self.totals, "counts": self.counts, "scores": vars(self.scores),
-            "nodes": [as_plain(node) for node in self.nodes],
+            **{name: getattr(self, name) for name in SAVED},
+            "totals": self.totals, "counts": self.counts, "scores": vars(self.scores),
+            # By column: there may be a hundred thousand of them.
+            "nodes": [[getattr(node, name) for node in self.nodes] for name in NODE_FIELDS],
             "tasks": [{**as_plain(task), "node": as_plain(task.node)} for task in self._tasks.values()],
             "unsent": [{**as_plain(task), "node": as_plain(task.node)} for task in self._unsent],
             "polls": [vars(poll) for poll in self._polls.values()], "recorder": self.recorder.state_dict(),
@@ -328,11 +334,10 @@ class Hub(Exchange):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; the grid must have been restored before."""
-        for name in ("model", "version", "round_index", "expected", "_now", "_kinds", "_timers", "_draws",
-                     "_next_task", "_waiting_room", "totals", "counts", "failures_in_a_row"):
+        for name in (*SAVED, "totals", "counts"):
             setattr(self, name, state[name])
         self.scores = Scores(**state["scores"])
-        nodes = [Node(**fields) for fields in state["nodes"]]
+        nodes = [Node(*row) for row in zip(*state["nodes"], strict=True)]
         self.add_nodes([(node, self._kinds.get(node.partition, "")) for node in nodes])
         tasks, unsent = ([Task(**{**fields, "node": Node(**fields["node"])}) for fields in state[name]]
                          for name in ("tasks", "unsent"))

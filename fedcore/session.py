@@ -123,7 +123,7 @@ class Session:
                 hub.note_membership(outcome)
 
     def _stranger(self, node_id: int, index: int = 0) -> Node:
-        """Return a node that has said nothing yet: it counts as one example, in the `index`-th partition that is free."""
+        """Return a node that has said nothing yet: it counts as one example, in the `index`-th free partition."""
         return self.hub.find_node(node_id) or Node(node_id, self._free_partition() + index, 1, self.hub.now)
 
     def _query(self, node: Node) -> Task:

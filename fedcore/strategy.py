@@ -34,6 +34,9 @@ class HubStrategy(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
 
+    def check_clients(self, count: int) -> None:
+        """Raise `InvalidSetting` where the settings do not suit so many clients; asked before a run begins."""
+
     def summary(self) -> None:
         """Log the strategy's name."""
         logger.info("Strategy %s", type(self).__name__)
@@ -78,7 +81,7 @@ class HubStrategy(Strategy):
             train_config=dict(train_config or {}),
         )
         hub = Hub(
-            grid if isinstance(grid, EventfulGrid) else PolledGrid(grid),  # type: ignore[arg-type]
+            grid if isinstance(grid, EventfulGrid) else PolledGrid(grid),
             model_from_arrays(initial_arrays), options, Recorder(listeners=(_log_row,)),
         )
         self.summary()
@@ -112,8 +115,8 @@ class HubStrategy(Strategy):
 
     def _no_hooks(self) -> TypeError:
         return TypeError(
-            f"{type(self).__name__} is not a strategy of configure and aggregate calls, so it cannot be wrapped by one; "
-            "call its start()."
+            f"{type(self).__name__} is not a strategy of configure and aggregate calls, so it cannot be wrapped by "
+            "one; call its start()."
         )
 
 

@@ -197,7 +197,7 @@ class _Simulation:
     def _initial_model(self) -> Model:
         model = initial_model(self.task, self.settings.seed, train_settings(self.settings).torch_dtype)
         path = self.settings.initial_model
-        return model if path is None else Model.load(path, model.layout)
+        return model if path is None else Model.load(Path(path), model.layout)
 
     def _grid(self) -> VirtualGrid:
         simulation, count, seed = self.settings.simulation, self.settings.clients.count, self.settings.seed
@@ -269,7 +269,8 @@ class _Simulation:
         summary = {
             "strategy": self.settings.strategy_name, "task": self.settings.task_name, "seed": self.settings.seed,
             "engine": "virtual", "stop_reason": hub.stop_reason or "error",
-            "time_s": hub.now, "wall_s": round(wall_s, 3), "versions": hub.version, "rounds": hub.round_index or None, **hub.totals,
+            "time_s": hub.now, "wall_s": round(wall_s, 3), "versions": hub.version, "rounds": hub.round_index or None,
+            **hub.totals,
             "final_loss": latest.pop("loss", None), "final_accuracy": latest.pop("accuracy", None),
             "best_accuracy": scores.best_accuracy, "time_to_target_s": scores.time_to_target_s,
             "target": dict(hub.options.stop.target) or None, "num_params": hub.model.layout.num_params, **hub.counts,
@@ -283,9 +284,8 @@ def driver(settings: Experiment) -> HubStrategy:
     strategy = settings.build_strategy()
     if isinstance(strategy, HubStrategy):
         return strategy
-    assert isinstance(strategy, Strategy)
     given = settings.strategy if isinstance(settings.strategy, dict) else {}
-    inner = strategy
+    inner: Strategy | None = strategy
     while inner is not None:
         # The experiment says who evaluates (`evaluate`); Flower's own federated evaluation runs only when asked for.
         if hasattr(inner, "fraction_evaluate") and "fraction_evaluate" not in given:
