@@ -325,6 +325,7 @@ class Hub(Exchange):
         return {
             **{name: getattr(self, name) for name in SAVED},
             "totals": self.totals, "counts": self.counts, "scores": vars(self.scores),
+            "clock": [self.grid.now, self._epoch],
             # By column: there may be a hundred thousand of them.
             "nodes": [[getattr(node, name) for node in self.nodes] for name in NODE_FIELDS],
             "tasks": [{**as_plain(task), "node": as_plain(task.node)} for task in self._tasks.values()],
@@ -345,8 +346,10 @@ class Hub(Exchange):
         self._by_id = {task.id: task for task in tasks}
         self._unsent = deque(unsent)
         self._polls = {fields["version"]: Poll(**fields) for fields in state["polls"]}
-        # Time during which nobody ran does not count: the epoch moves with the grid's clock.
-        self._epoch = self.grid.now - self._now
+        grid_now, epoch = state["clock"]
+        # Time during which nobody ran does not count: the epoch moves with the grid's clock. A virtual one has not
+        # moved, and a difference of two rounded numbers would not be the epoch to the last bit.
+        self._epoch = epoch if self.grid.now == grid_now else self.grid.now - self._now
         self.recorder.load_state_dict(state["recorder"])
 
     @staticmethod

@@ -120,7 +120,7 @@ class Engine:
         self.tasks[name] = task
         task.download_s = self.link.download_seconds(task, self.now, wire_bytes(delivered.content))
         if self.failures is not None and self.failures.loses_request(partition, index):
-            task.stage = "unreachable"
+            task.put_away("unreachable")
             self._expire_later(task)
             return name
         lane = self._lanes.get(partition)
@@ -220,6 +220,7 @@ class Engine:
         self.labour.remember(task)
         self._free(task)
         if task.fate == "reply_lost" or self.now > task.expires_at:
+            task.put_away("done")
             return None
         return self._hand_over(task, outcome)
 

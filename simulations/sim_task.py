@@ -47,6 +47,11 @@ class SimTask:
         return {"download_s": self.download_s, "queue_s": queue_s, "compute_s": self.compute_s,
                 "upload_s": self.upload_s}
 
+    def put_away(self, stage: str) -> None:
+        """Keep of a task only what its expiry needs: nobody will compute it any more, or look at what came out."""
+        self.stage, self.entry, self.outcome, self.state_after = stage, None, None, None
+        self.message = with_id(self.message, RecordDict(), self.id)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: the request and the plan. What was computed already is computed again."""
         metadata = self.message.metadata

@@ -211,6 +211,7 @@ class Federation:
     model: Model = field(default_factory=vector_model)
     recorder: Recorder = field(default_factory=Notes)
     checkpoints: Checkpoints | None = None
+    save_every_s: float = 0.0    # at every safe point
     interrupted: Callable[[], bool] = lambda: False
     grid: Mapping[str, Any] = field(default_factory=dict)
 
@@ -218,7 +219,7 @@ class Federation:
         settings = {"devices": TableDevices([1.0, 2.0, 3.0]), **self.grid}
         self.virtual = VirtualGrid(self.app, self.clients, seed=self.options.seed, **settings)
         self.hub = Hub(self.virtual, self.model, self.options, self.recorder)
-        self.session = Session(self.hub, self.strategy, self.checkpoints, 0.0, self.interrupted)
+        self.session = Session(self.hub, self.strategy, self.checkpoints, self.save_every_s, self.interrupted)
 
     def run(self, resume: bool = False) -> "Federation":
         try:
