@@ -73,8 +73,12 @@ def _evaluating(experiment: Experiment, task: Any) -> list[BadInput]:
 
 
 def _taking_part(experiment: Experiment, strategy: Any) -> list[BadInput]:
-    """Flower's strategies wait until as many nodes are there as they were told to."""
+    """Ask our strategies; Flower's wait until as many nodes are there as they were told to."""
     count, found = experiment.clients.count, list[BadInput]()
+    try:
+        getattr(strategy, "check_clients", lambda _: None)(count)
+    except InvalidSetting as error:
+        found.append(error.under("strategy"))
     given = experiment.strategy if isinstance(experiment.strategy, dict) else {}
     for name in ("min_available_nodes", "min_train_nodes"):
         needed = getattr(strategy, name, None)

@@ -110,14 +110,22 @@ class FedBuff(EventStrategy):
 
     # ---- who trains ---------------------------------------------------------------------------------------------
 
+    def check_clients(self, count: int) -> None:
+        """Raise `InvalidSetting` when clients that wait for each other cannot fill a buffer."""
+        places = self._places(count)
+        if self.wait and self.buffer_size > places:
+            raise InvalidSetting("buffer_size", self.buffer_size, f"at most {places} when clients wait",
+                                 "Otherwise all of them would wait for ever.")
+
+    def _places(self, count: int) -> int:
+        return count if self.concurrency is None else min(self.concurrency, count)
+
     def on_start(self, hub: Hub) -> None:
-        places = hub.expected if self.concurrency is None else min(self.concurrency, hub.expected)
+        self.check_clients(hub.expected)
+        places = self._places(hub.expected)
         if self.buffer_size > places:
-            advice = f"only {places} clients train at once, so each step would use updates of one client several times."
-            if self.wait:
-                raise InvalidSetting("buffer_size", self.buffer_size, f"at most {places} when clients wait",
-                                     "Otherwise all of them would wait for ever.")
-            hub.warn(f"buffer_size={self.buffer_size}: {advice}")
+            hub.warn(f"buffer_size={self.buffer_size}, but only {places} clients train at once: each step uses several "
+                     "updates of one client.")
         for node in hub.nodes if places >= len(hub.nodes) else [self._draw(hub) for _ in range(places)]:
             assert node is not None
             self.hand_out(hub, node)

@@ -160,10 +160,14 @@ class FedFix(EventStrategy):
 
     # ---- time ---------------------------------------------------------------------------------------------------
 
-    def on_start(self, hub: Hub) -> None:
+    def check_clients(self, count: int) -> None:
+        """Raise `InvalidSetting` when a list has no value for some client."""
         for name, values in (("importance", self.importance), ("task_times_s", self.task_times_s)):
-            if isinstance(values, list) and len(values) < hub.expected:
-                raise InvalidSetting(name, f"{len(values)} values", f"one value for each of {hub.expected} clients")
+            if isinstance(values, list) and len(values) < count:
+                raise InvalidSetting(name, values, f"one value for each of {count} clients", f"{len(values)} are given.")
+
+    def on_start(self, hub: Hub) -> None:
+        self.check_clients(hub.expected)
         if self.weights == "identical":
             self._warn(hub, "identical", "weights=identical: the limit is biased towards fast clients.")
         self.origin_s = hub.now
