@@ -164,7 +164,8 @@ class FedFix(EventStrategy):
         """Raise `InvalidSetting` when a list has no value for some client."""
         for name, values in (("importance", self.importance), ("task_times_s", self.task_times_s)):
             if isinstance(values, list) and len(values) < count:
-                raise InvalidSetting(name, values, f"one value for each of {count} clients", f"{len(values)} are given.")
+                raise InvalidSetting(name, values, f"one value for each of {count} clients",
+                                     f"{len(values)} are given.")
 
     def on_start(self, hub: Hub) -> None:
         self.check_clients(hub.expected)
