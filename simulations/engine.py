@@ -185,7 +185,7 @@ class Engine:
             self._upload(task, uploads_at)
         else:    # the server's link is shared in the order in which uploads begin
             task.stage = "uploading"
-            task.entry = self.heap.push(uploads_at, UPLOAD, task.partition, task)
+            task.entry = self.heap.push(uploads_at, UPLOAD, task.rank, task)
 
     def _upload(self, task: SimTask, at: float) -> None:
         task.upload_s = self.link.upload_seconds(task, at, task.upload_bytes)
@@ -193,12 +193,12 @@ class Engine:
 
     def _arrive_at(self, task: SimTask, at: float) -> None:
         task.stage, task.arrives_at = "arriving", at
-        task.entry = self.heap.push(at, REPLY, task.partition, task)
+        task.entry = self.heap.push(at, REPLY, task.rank, task)
         if task.expiry is None and (task.fate == "reply_lost" or at > task.expires_at):
             self._expire_later(task)
 
     def _expire_later(self, task: SimTask) -> None:
-        task.expiry = self.heap.push(task.expires_at, FAILURE, task.partition, Expiry(task))
+        task.expiry = self.heap.push(task.expires_at, FAILURE, task.rank, Expiry(task))
 
     # ---- what becomes of a task -----------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Engine:
         outcome = self.labour.result(task)
         if isinstance(outcome, Error) and task.stage == "arriving":
             task.stage = "failing"    # at equal times failures come after replies
-            task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+            task.entry = self.heap.push(self.now, FAILURE, task.rank, task)
             return None
         self.labour.remember(task)
         self._free(task)
@@ -272,14 +272,14 @@ class Engine:
             if task is not None:
                 self._lose(task)
         # The failures of its tasks come first, then the news that it left.
-        self.heap.push(self.now, MEMBERSHIP, item.partition, Coming(item.partition, leaving=True))
+        self.heap.push(self.now, MEMBERSHIP, (item.partition, 0), Coming(item.partition, leaving=True))
         return None
 
     def _plan_change(self, partition: int) -> None:
         assert self.availability is not None
         at = self.availability.next_change(partition, self.now)
         if at != float("inf"):
-            self.heap.push(at, MEMBERSHIP, partition, Coming(partition))
+            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition))
 
     def _lose(self, task: SimTask) -> None:
         """Lose a task with the node that held it."""
@@ -288,7 +288,7 @@ class Engine:
         if task.stage == "unsettled":
             self._unsettled.remove(task)
         task.fate, task.stage, task.arrives_at, task.future = "gone", "failing", self.now, None
-        task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+        task.entry = self.heap.push(self.now, FAILURE, task.rank, task)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class Engine:
         self.offline, self.forgotten = set(state["offline"]), set(state["forgotten"])
         self.heap = EventHeap()
         for at, partition, leaving in state["moments"]:
-            self.heap.push(at, MEMBERSHIP, partition, Coming(partition, leaving))
+            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition, leaving))
         held = {fields["id"]: SimTask.from_state(fields) for fields in state["tasks"]}
         self.tasks = {name: held[name] for name in state["awaited"]}
         self._lanes = {}
@@ -332,10 +332,10 @@ class Engine:
         if task.stage == "unsettled":
             self._unsettled.append(task)
         elif task.stage == "uploading":
-            task.entry = self.heap.push(task.started_at + task.compute_s, UPLOAD, task.partition, task)
+            task.entry = self.heap.push(task.started_at + task.compute_s, UPLOAD, task.rank, task)
         elif task.stage in ("arriving", "failing"):
             assert task.arrives_at is not None
             priority = REPLY if task.stage == "arriving" else FAILURE
-            task.entry = self.heap.push(task.arrives_at, priority, task.partition, task)
+            task.entry = self.heap.push(task.arrives_at, priority, task.rank, task)
         if task.stage in ("uploading", "arriving") and task.fate in ("ok", "reply_lost"):
             self.labour.begin(task)

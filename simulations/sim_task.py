@@ -39,6 +39,11 @@ class SimTask:
     entry: Entry | None = None
     expiry: Entry | None = None
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The task's place among those of one moment: by node, then in the order of sending."""
+        return self.partition, int(self.id)
+
     def times(self) -> dict[str, float] | None:
         """Return how long the task's parts took, seconds; None when it was lost with its message or its node."""
         if self.arrives_at is None or self.fate == "gone":
