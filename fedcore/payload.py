@@ -195,16 +195,16 @@ def wire_bytes(content: RecordDict) -> int:
 
     Counted from shapes and dtypes alone, so that every engine bills the same number for the same content.
     """
-    total = 0
-    for record in content.values():
-        if isinstance(record, VectorRecord) and record.model is not None:
-            total += record.model.layout.num_bytes + ARRAY_HEADER_BYTES * len(record)
-        elif isinstance(record, ArrayRecord):
-            total += sum(_array_bytes(array) + ARRAY_HEADER_BYTES for array in record.values())
-        else:
-            total += SCALAR_BYTES * len(record)
-            total += sum(_extra_bytes(value) for value in record.values() if type(value) not in FIXED_SIZE)
-    return total
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, VectorRecord) and (model := record.model) is not None:
+        return model.layout.num_bytes + ARRAY_HEADER_BYTES * len(record)
+    if isinstance(record, ArrayRecord):
+        return sum(_array_bytes(array) + ARRAY_HEADER_BYTES for array in record.values())
+    return sum([SCALAR_BYTES if type(value) in FIXED_SIZE else SCALAR_BYTES + _extra_bytes(value)
+                for value in record.values()])
 
 
 def _array_bytes(array: Array) -> int:

@@ -88,15 +88,15 @@ class FlowerRounds(RoundStrategy):
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
-        self._arrays: ArrayRecord | None = None
 
     def round(self, hub: Hub, round_index: int) -> None:
         """Configure, send, wait, validate, aggregate, publish; then the strategy's federated evaluation."""
         server_round = round_index + 1    # Flower counts rounds from one
         seed_globals(hub.seed, server_round)
-        arrays = self._arrays if self._arrays is not None else hub.model_record().copy()
         config = ConfigRecord({"seed": hub.seed, **hub.options.train_config})
         grid: Grid = hub.grid  # type: ignore[assignment]
+        # Every round begins with a record of ours, which clients read without decoding it.
+        arrays = hub.model_record().copy()
         sent = _send(hub, self.strategy.configure_train(server_round, arrays, config, grid))
         answers = hub.collect(sent).arrived
         pairs = [(hub.read_reply(answer), answer.message) for answer in answers]
@@ -115,16 +115,14 @@ class FlowerRounds(RoundStrategy):
         except MalformedReply as error:
             name = type(self.strategy).__name__
             raise UnsupportedModel(f"{name} returned arrays that do not fit the model: {error}.") from error
-        # The record itself goes back to the strategy next round, as in Flower's own loop.
-        self._arrays = result
         figures = {name: value for name, value in (metrics or {}).items() if name not in NOT_FIGURES}
         hub.publish(Model(params, buffers, hub.model.layout), replies, round=server_round, train=figures)
         self._evaluate(hub, server_round)
 
     def _evaluate(self, hub: Hub, server_round: int) -> None:
-        assert self._arrays is not None
         config, grid = ConfigRecord({"seed": hub.seed}), hub.grid
-        sent = _send(hub, self.strategy.configure_evaluate(server_round, self._arrays, config, grid))  # type: ignore[arg-type]
+        arrays = hub.model_record().copy()
+        sent = _send(hub, self.strategy.configure_evaluate(server_round, arrays, config, grid))  # type: ignore[arg-type]
         replies = [answer.message for answer in hub.collect(sent).arrived if hub.read_figures(answer) is not None]
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         if metrics:
@@ -133,11 +131,10 @@ class FlowerRounds(RoundStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's attributes that hold plain values, arrays, or another strategy."""
-        return {"arrays": self._arrays, "attributes": attributes_of(self.strategy)}
+        return {"attributes": attributes_of(self.strategy)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the attributes back."""
-        self._arrays = state["arrays"]
         set_attributes(self.strategy, state["attributes"])
 
     def summary(self) -> None:

@@ -1,7 +1,7 @@
 """Nodes, the work they are given, and what comes back, as strategies see them."""
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -169,7 +169,7 @@ class Replies:
 
 def as_plain(item: Any) -> dict[str, Any]:
     """Return a dataclass's fields by name, without descending into them."""
-    return {entry.name: getattr(item, entry.name) for entry in fields(item)}
+    return {name: getattr(item, name) for name in type(item).__dataclass_fields__}
 
 
 def printable(text: str) -> str:
