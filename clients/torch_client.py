@@ -18,7 +18,7 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
-from fedcore.flower import record_of
+from fedcore.flower import record_of, reply_to
 from fedcore.payload import ARRAYS, INFO, METRICS, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
@@ -93,7 +93,7 @@ class TorchClient:
             METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
             **echo(request),
         })
-        return Message(content, reply_to=message)
+        return reply_to(message, content)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Measure the received model on the site's validation data.
