@@ -39,7 +39,7 @@ def torch_client(
     Args:
         task: anything with the methods of `Task`; a task with a `client_app` method supplies the app itself.
         settings: what requests leave open.
-        mods: Flower's client mods for every action.
+        mods: Flower's client mods for training, such as its clipping mods.
     """
     settings = settings or TrainSettings()
     if hasattr(task, "client_app"):
