@@ -1,5 +1,6 @@
 """One run from its first node to its last checkpoint, whatever kind of strategy it has."""
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -11,8 +12,8 @@ from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
 from fedcore.errors import AllNodesFailed, NothingCanHappen
 from fedcore.hub import Hub
-from fedcore.payload import CONFIG, INFO
-from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Task
+from fedcore.payload import CONFIG, INFO, wire_bytes
+from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
 
 logger = logging.getLogger("fedcore")
 
@@ -96,26 +97,31 @@ class Session:
             if content is None:
                 asked.append(self._query(node))
             else:
+                self.hub.totals["bytes_up"] += wire_bytes(content)    # as the answer that it stands for
                 self._admit(node, content)
-        replies = self.hub.collect(asked, deadline_s=self.hub.options.ready_timeout_s, min_replies=0)
-        for answer in replies.arrived:
-            self._admit(answer.node, answer.content)
-        for failure in replies.missing:
-            if failure.code != NODE_GONE:
-                self._admit(failure.node)
+        ready_s = self.hub.options.ready_timeout_s
+        replies = self.hub.collect(asked, deadline_s=math.inf if ready_s is None else ready_s, min_replies=0)
+        here = set(self.hub.grid.get_node_ids()) if asked else set()    # some may have left meanwhile
+        for outcome in (*replies.arrived, *replies.missing):
+            if outcome.node.id in here:
+                self._admit(outcome.node, outcome.content if isinstance(outcome, Answer) else None)
 
-    def admit_waiting(self) -> None:
-        """Admit the nodes that came while a round was going on; wait for one when none is left."""
+    def admit_waiting(self, introduce: bool = True) -> None:
+        """Admit the nodes that came while a round was going on; wait for one when none is left.
+
+        Args:
+            introduce: as for `open`.
+        """
         hub = self.hub
         while True:
-            if waiting := hub.pop_waiting():
-                nodes = [self._stranger(node_id, index) for index, node_id in enumerate(waiting)]
-                replies = hub.collect([self._query(node) for node in nodes])
+            waiting = [self._stranger(node_id, index) for index, node_id in enumerate(hub.pop_waiting())]
+            if introduce or not hasattr(hub.grid, "partition_of"):
+                replies = hub.collect([self._query(node) for node in waiting]) if waiting else Replies([], [])
                 for answer in replies.arrived:
                     self._report_join(self._admit(answer.node, answer.content))
-                for failure in replies.missing:
-                    if failure.code != NODE_GONE:
-                        self._report_join(self._admit(failure.node))
+                waiting = [failure.node for failure in replies.missing if failure.code != NODE_GONE]
+            for node in waiting:
+                self._report_join(self._admit(node))
             if hub.nodes:
                 return
             outcome = hub.next_outcome(None)
@@ -140,7 +146,10 @@ class Session:
         if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
             logger.warning("Node %d describes itself in a way that cannot be used; it counts as one example.", node.id)
             partition, examples = node.partition, 1
-        if self.hub.node_of(partition) is not None:
+        holder = self.hub.node_of(partition)
+        if holder is not None and holder.id == node.id:
+            return None    # it was asked twice
+        if holder is not None:
             logger.warning("Two nodes say that they hold partition %d; the later one is turned away.", partition)
             return None
         node = Node(node.id, partition, examples, self.hub.now)
@@ -154,11 +163,13 @@ class Session:
         A join is reported once the node has said who it is, as an `Event` of kind `join`.
         """
         hub = self.hub
+        for node_id in hub.pop_waiting():    # they came before the first event
+            self._query(self._stranger(node_id))
         while True:
             outcome = hub.next_outcome(until())
             if isinstance(outcome, Event) and outcome.kind == "join":
-                assert outcome.node_id is not None
-                self._query(self._stranger(outcome.node_id))
+                if outcome.node_id is not None and outcome.node_id not in hub.node_ids:
+                    self._query(self._stranger(outcome.node_id))
             elif not isinstance(outcome, Event) and outcome.action.startswith(MessageType.QUERY):
                 if isinstance(outcome, Failure) and outcome.code == NODE_GONE:
                     continue
@@ -238,14 +249,15 @@ class Session:
             self.save()
         hub.closing = True
         hub.drop_polls()
-        on_stop()
         hub.cancel_all()
+        on_stop()
         stopped_at = hub.now
         hub.evaluate()
         try:
             hub.finish_polls(LAST_EVALUATION_S)
         except (NothingCanHappen, AllNodesFailed):
             logger.warning("The last evaluation at the clients could not be completed.")
+        hub.cancel_all()
         # The run's time is what training took; looking at the result afterwards does not count.
         hub.end_clock(stopped_at)
         hub.recorder.metric(hub.now, "stop", version=hub.version, reason=hub.stop_reason, **hub.totals)

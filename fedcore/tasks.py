@@ -24,6 +24,7 @@ ERROR_WORDS = {
     8: "crashed",
 }
 REFUSED = -1    # our own code: the reply came, but must not touch the model
+LONGEST_SHOWN = 8000    # characters of what a node wrote
 NODE_GONE = 5   # also when a grid refuses a message: the node is not there
 
 
@@ -58,9 +59,12 @@ class Task:
     bytes_down: int = 0
     wanted: str = ""             # `update` or `model`, where the hub asked for it
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
+    for_poll: bool = False       # an evaluation that the hub itself asked for
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more
+    ended: bool = False          # its row is in the timeline
     answered_at: float | None = None
+    bytes_up: int = 0
 
 
 @dataclass(eq=False)
@@ -157,6 +161,7 @@ class Answer:
     elapsed_s: float = 0.0
     bytes_up: int = 0
     action: str = MessageType.TRAIN
+    task: Task | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,10 @@ def as_plain(item: Any) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    """Escape what a node wrote before it reaches a terminal or a log."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text[:8000])
+    """Escape what a node wrote before it reaches a terminal or a log; of a long text, its beginning and its end."""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[:LONGEST_SHOWN // 4]}\n...\n{text[-3 * LONGEST_SHOWN // 4:]}"
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 # Errors that a person has to look into; a node that dies or goes offline is part of life, and counted.

@@ -260,8 +260,6 @@ class Engine:
             waited = f"{item.task.expires_at - item.task.pushed_at:g} s"
             return self._hand_over(item.task, Error(NO_ANSWER, f"no answer within {waited}"))
         node_id = FIRST_NODE_ID + item.partition
-        if item.leaving:
-            return Event("leave", self.now, node_id)
         self._plan_change(item.partition)
         if item.partition in self.offline:
             self.offline.discard(item.partition)
@@ -271,9 +269,8 @@ class Engine:
         for task in [] if lane is None else [lane.running, *lane.waiting]:
             if task is not None:
                 self._lose(task)
-        # The failures of its tasks come first, then the news that it left.
-        self.heap.push(self.now, MEMBERSHIP, (item.partition, 0), Coming(item.partition, leaving=True))
-        return None
+        # The news comes before the failures of its tasks: nobody gives work to a node that is gone.
+        return Event("leave", self.now, node_id)
 
     def _plan_change(self, partition: int) -> None:
         assert self.availability is not None
@@ -299,7 +296,7 @@ class Engine:
             held.update({task.id: task for task in [lane.running, *lane.waiting] if task is not None})
         lanes = {partition: [task.id for task in (lane.running, *lane.waiting) if task is not None]
                  for partition, lane in self._lanes.items()}
-        moments = [[at, item.partition, item.leaving] for at, item in self.heap.items() if isinstance(item, Coming)]
+        moments = [[at, item.partition] for at, item in self.heap.items() if isinstance(item, Coming)]
         return {
             "now": self.now, "next_id": self._next_id, "counts": self._counts,
             "states": self.labour.states,
@@ -314,8 +311,8 @@ class Engine:
         self.labour.states, self.link.free_at = state["states"], state["link_free"]
         self.offline, self.forgotten = set(state["offline"]), set(state["forgotten"])
         self.heap = EventHeap()
-        for at, partition, leaving in state["moments"]:
-            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition, leaving))
+        for at, partition in state["moments"]:
+            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition))
         held = {fields["id"]: SimTask.from_state(fields) for fields in state["tasks"]}
         self.tasks = {name: held[name] for name in state["awaited"]}
         self._lanes = {}

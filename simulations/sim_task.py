@@ -82,10 +82,9 @@ class Expiry:
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """The moment at which a node's availability changes; or, `leaving`, at which the server hears that it left."""
+    """The moment at which a node comes online, or goes offline."""
 
     partition: int
-    leaving: bool = False
 
 
 @dataclass(slots=True)
