@@ -72,7 +72,8 @@ def tune(name: str, data: Path, out: Path, limit_s: float) -> dict[str, Any]:
         folder = out / "tuning" / f"{slug(name)}-{index}"
         reached = run(name, choice, TUNING_SEED, data, folder, best_s)
         shutil.rmtree(folder)
-        print(f"  {name}: {choice} -> {'not before the best' if reached is None else f'{reached:.0f} s'}", flush=True)
+        outcome = "not before the best" if reached is None else f"{reached:.0f} s"
+        print(f"  {name}: {choice} -> {outcome}", flush=True)
         if reached is not None:
             best, best_s = choice, reached
     return best or next(choices(METHODS[name]))
