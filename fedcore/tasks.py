@@ -188,14 +188,26 @@ def printable(text: str) -> str:
 USERS_CODE = (1, 2, 6)
 
 
+MOST_NAMED = 4    # nodes that are named one by one when they fail in the same way
+
+
 class ShowOnce:
-    """Logs each node's exception once, with its traceback; repetitions are only counted."""
+    """Logs an exception of clients' code once with its traceback; other nodes with the same one get a line each."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[int, str]] = set()
+        self._nodes: dict[str, set[int]] = {}    # by the traceback's last line: who had it
 
     def __call__(self, failure: Failure) -> None:
+        if failure.code not in USERS_CODE:
+            return
         last_line = failure.reason.rstrip().rsplit("\n", 1)[-1]
-        if failure.code in USERS_CODE and (failure.node.partition, last_line) not in self._seen:
-            self._seen.add((failure.node.partition, last_line))
+        nodes = self._nodes.setdefault(last_line, set())
+        if failure.node.partition in nodes:
+            return
+        nodes.add(failure.node.partition)
+        if len(nodes) == 1:
             logger.error("%s", printable(failure.reason))
+        elif len(nodes) <= MOST_NAMED:
+            logger.error("Node %d failed in the same way: %s", failure.node.partition, printable(last_line))
+        elif len(nodes) == MOST_NAMED + 1:
+            logger.error("More nodes fail in the same way; metrics.jsonl names each of them.")
