@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="methods that run at the same time")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
                         help="some of the methods, e.g. 'FedAvg, 10'")
-    parser.add_argument("--limit", type=float, default=2000.0, help="virtual seconds after which a run counts as missed")
+    parser.add_argument("--limit", type=float, default=2000.0,
+                        help="virtual seconds after which a run counts as missed")
     arguments = parser.parse_args()
     print(f"Grid: local rate {LOCAL_RATES}, server rate {SERVER_RATES}; tuning seed {TUNING_SEED}", flush=True)
     data = arguments.data.absolute()
