@@ -3,6 +3,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -27,6 +28,15 @@ class Saveable(Protocol):
     def state_dict(self) -> Mapping[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def facts_of(content: RecordDict) -> dict[str, Any]:
+    """Return what a node's answer to a query says of it."""
+    facts: dict[str, Any] = {}
+    for name, record in content.items():
+        if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
+            facts.update(record.items())
+    return facts
 
 
 class Session:
@@ -102,9 +112,12 @@ class Session:
         ready_s = self.hub.options.ready_timeout_s
         replies = self.hub.collect(asked, deadline_s=math.inf if ready_s is None else ready_s, min_replies=0)
         here = set(self.hub.grid.get_node_ids()) if asked else set()    # some may have left meanwhile
-        for outcome in (*replies.arrived, *replies.missing):
-            if outcome.node.id in here:
-                self._admit(outcome.node, outcome.content if isinstance(outcome, Answer) else None)
+        contents = {answer.node: answer.content for answer in replies.arrived}
+        contents |= {failure.node: RecordDict() for failure in replies.missing}
+        # Those that say which partition they hold come first; the others take what is left.
+        for node in sorted(contents, key=lambda node: "partition-id" not in facts_of(contents[node])):
+            if node.id in here:
+                self._admit(node, contents[node])
 
     def admit_waiting(self, introduce: bool = True) -> None:
         """Admit the nodes that came while a round was going on; wait for one when none is left.
@@ -137,19 +150,17 @@ class Session:
 
     def _admit(self, node: Node, content: RecordDict | None = None) -> Node | None:
         """Make a node of what it answered to the query; one that does not know the query is admitted all the same."""
-        facts: dict[str, Any] = {}
-        for name, record in ({} if content is None else content).items():
-            if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
-                facts.update(record.items())
+        if node.id in self.hub.node_ids:
+            return None    # it was asked twice
+        if self.hub.node_of(node.partition) is not None:
+            node = replace(node, partition=self._free_partition())    # somebody else was found to hold it
+        facts = facts_of(content or RecordDict())
         kinds = str(facts.get("kinds", ""))
         partition, examples = facts.get("partition-id", node.partition), facts.get("num-examples", 1)
         if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
             logger.warning("Node %d describes itself in a way that cannot be used; it counts as one example.", node.id)
             partition, examples = node.partition, 1
-        holder = self.hub.node_of(partition)
-        if holder is not None and holder.id == node.id:
-            return None    # it was asked twice
-        if holder is not None:
+        if self.hub.node_of(partition) is not None:
             logger.warning("Two nodes say that they hold partition %d; the later one is turned away.", partition)
             return None
         node = Node(node.id, partition, examples, self.hub.now)
