@@ -76,7 +76,7 @@ class _Encoder:
         if isinstance(value, ArrayRecord):
             return {"$arrays": [[name, self._array(array)] for name, array in value.items()]}
         for tag, kind in SCALAR_RECORDS.items():
-            if isinstance(value, kind):
+            if isinstance(value, (kind,)):
                 return {"$" + tag: [[name, self.encode(item)] for name, item in value.items()]}
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
@@ -175,7 +175,7 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         # Bytes through NumPy: an empty tensor has no memory to take a view of.
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy() if tensors[name].numel() else b"")
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b"")
     return digest.hexdigest()
 
 
