@@ -46,6 +46,7 @@ class Hub(Exchange):
     def __init__(self, grid: HubGrid, model: Model, options: RunOptions, recorder: Recorder | None = None):
         super().__init__(grid, options, recorder)
         self.model, self.seed, self.round_index = model, options.seed, 0
+        self._train_config = dict(ConfigRecord(dict(options.train_config)).items())    # checked once, for all requests
         self.scores = Scores(due_s=options.evaluation.every)
         self._polls: dict[int, Poll] = {}         # evaluations under way at the clients, by version
         self._timers: dict[str, float] = {}
@@ -74,8 +75,9 @@ class Hub(Exchange):
         self._draws[node.partition] = draw + 1
         settings = record_of(ConfigRecord, {
             "task-id": task_id, "version": self.version, "draw": draw, "seed": self.seed, "reply": "update",
+            **self._train_config,
         })
-        for name, value in {**self.options.train_config, **(config or {})}.items():
+        for name, value in (config or {}).items():
             settings[name] = value
         if local_steps is None:
             told = settings.get("local-steps")    # what the run tells every client, if it does

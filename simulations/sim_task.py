@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
-from fedcore.flower import with_id
+from fedcore.flower import put, with_id
 from fedcore.simulations.clock import Entry
 
 SAVED = ("id", "partition", "pushed_at", "index", "expires_at", "download_s", "started_at", "compute_s", "upload_s",
@@ -106,4 +106,4 @@ def set_train_seconds(content: RecordDict, seconds: float) -> None:
     """Say in a reply how long its training took in virtual time, where it says how long it took on this machine."""
     for record in content.values():
         if isinstance(record, MetricRecord) and "train-seconds" in record:
-            record["train-seconds"] = seconds
+            put(record, "train-seconds", seconds)
