@@ -203,7 +203,6 @@ class Exchange:
 
     def cancel_all(self) -> None:
         """Drop all work under way, and say so in the timeline."""
-        self.end_unread()
         for task in list(self._by_id.values()):
             self._end(task, "cancelled", 0)
             task.abandoned = True

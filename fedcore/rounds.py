@@ -64,6 +64,7 @@ class RoundStrategy(HubStrategy):
                 before = hub.moment
                 self.round(hub, hub.round_index)
                 hub.round_index += 1
+                hub.end_unread()
                 hub.finish_polls()
                 session.forget()
                 session.check_limits(hub.round_index)
@@ -226,7 +227,8 @@ def in_model_dtypes(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
     for name, array in arrays.items():
         dtype = np.dtype(dtypes.get(name, array.dtype))
         values = array.numpy()
-        fitted[name] = Array((np.rint(values) if dtype.kind in "iu" else values).astype(dtype))
+        rounded = np.rint(values) if dtype.kind in "iu" else values
+        fitted[name] = Array(np.asarray(rounded, dtype))    # of a counter without dimensions, NumPy returns a scalar
     return fitted
 
 

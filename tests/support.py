@@ -22,6 +22,7 @@ from fedcore.hub import Hub
 from fedcore.options import RunOptions
 from fedcore.payload import Estimate, VectorRecord, clone_content, read_arrays, wire_bytes
 from fedcore.recorder import Recorder
+from fedcore.rounds import in_model_dtypes
 from fedcore.seeds import torch_generator
 from fedcore.session import Session
 from fedcore.simulations.availability import Availability
@@ -99,7 +100,8 @@ class Toy:
             raise RuntimeError(f"partition {partition} is out of order")
         config = message.content["config"]
         steps, kind = int(config.get("local-steps", self.steps)), config.get("reply", "model")
-        params, buffers = read_arrays(message.content["arrays"], self.layout)
+        # As a module would: it loads arrays of any dtype.
+        params, buffers = read_arrays(in_model_dtypes(message.content["arrays"], self.layout), self.layout)
         draw = int(config.get("draw", int(config.get("server-round", 1)) - 1))
         generator = torch_generator(int(config.get("seed", context.run_config.get("seed", 0))), partition, "toy", draw)
         noise = 0.01 * torch.randn(params.shape, generator=generator, dtype=params.dtype)

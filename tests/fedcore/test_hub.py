@@ -316,7 +316,7 @@ def test_each_nodes_own_content_and_steps(hub, grid):
     assert [answer.node.partition for answer in replies.arrived] == [0, 1]
     assert [failure.node.partition for failure in replies.missing] == [2]
     assert [row["local_steps"] for row in hub.recorder.tasks] == [3]
-    hub.cancel_all()
+    hub.end_unread()
     assert sorted((row["node"], row["local_steps"], row["outcome"]) for row in hub.recorder.tasks) == [
         (0, 1, "ok"), (1, 2, "ok"), (2, 3, "lost")
     ]
