@@ -5,8 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
-from flwr.app.metadata import Metadata
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
