@@ -250,7 +250,8 @@ class Engine:
         if isinstance(outcome, RecordDict):
             set_train_seconds(outcome, task.compute_s)
         reply = reply_to(task.message, outcome)
-        self._times[task.id] = task.times()
+        expired = isinstance(outcome, Error) and outcome.code == NO_ANSWER
+        self._times[task.id] = None if expired else task.times()
         task.outcome = task.state_after = None
         return Event("reply", self.now, FIRST_NODE_ID + task.partition, reply)
 
