@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedcore.arrays import NUMPY_ARRAY, LazyArray, array_view, twins
+from fedcore.arrays import NUMPY_ARRAY, LazyArray, Reading, array_view, twins
 from fedcore.errors import MalformedReply, UnsupportedModel, shown
 from fedcore.flower import record_of
 from fedcore.vectors import FLAT_DTYPES, Layout, Model, TensorSpec, check_names, mismatch
@@ -120,17 +120,21 @@ def as_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def clone_content(content: RecordDict) -> RecordDict:
-    """Return records that can be changed without touching the original; the arrays' memory is shared, read only."""
-    return record_of(RecordDict, {name: _clone_record(record) for name, record in content.items()})
+def clone_content(content: RecordDict, reading: Reading | None = None) -> RecordDict:
+    """Return records that can be changed without touching the original; the arrays' memory is shared, read only.
+
+    Args:
+        reading: what decodes arrays for all who get them; None leaves that to each of them.
+    """
+    return record_of(RecordDict, {name: _clone_record(record, reading) for name, record in content.items()})
 
 
-def _clone_record(record: Any) -> Any:
+def _clone_record(record: Any, reading: Reading | None) -> Any:
     if isinstance(record, VectorRecord):
         return record.copy()
     if isinstance(record, ArrayRecord):
         clone = record.copy()
-        clone.__dict__["_data"] = twins(record, [])
+        clone.__dict__["_data"] = twins(record if reading is None else reading(record), [])
         return clone
     return record_of(type(record), {
         name: list(value) if type(value) is list else value for name, value in record.items()

@@ -6,6 +6,7 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedcore.arrays import Reading
 from fedcore.clock import Event
 from fedcore.flower import adopt_identity, reply_to, with_id
 from fedcore.payload import clone_content, wire_bytes
@@ -64,6 +65,7 @@ class Engine:
         self._lanes: dict[int, Lane] = {}
         self._unsettled: list[SimTask] = []            # whose duration is known only once they are computed
         self._times: dict[str, dict[str, float] | None] = {}
+        self._reading = Reading()
         # Told of every task that ends, how, and whether anybody still wanted its reply.
         self.on_end: Callable[[SimTask, RecordDict | Error, bool], None] | None = None
         if availability is not None:
@@ -115,7 +117,7 @@ class Engine:
         index = self._counts.get(partition, 0)
         self._counts[partition] = index + 1
         # The sender may go on changing its records (Flower's FedAvg does): take them as they are now.
-        delivered = with_id(message, clone_content(message.content), name)
+        delivered = with_id(message, clone_content(message.content, self._reading), name)
         task = SimTask(name, partition, delivered, self.now, index, self.now + message.metadata.ttl)
         self.tasks[name] = task
         task.download_s = self.link.download_seconds(task, self.now, wire_bytes(delivered.content))

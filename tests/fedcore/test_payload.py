@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedcore.arrays import LazyArray, Reading
 from fedcore.errors import MalformedReply, UnsupportedModel
 from fedcore.payload import (
     MAX_NUM_EXAMPLES,
@@ -448,3 +449,36 @@ def test_initial_arrays_that_cannot_be_decoded_are_refused():
 def test_a_layout_from_arrays_reads_what_a_module_with_the_same_names_sends():
     net = nn.Linear(2, 2)
     assert model_from_arrays(ArrayRecord(net.state_dict())).layout == Layout.of(net)
+
+
+def test_arrays_sent_to_many_are_decoded_once_and_stay_each_ones_own():
+    values = np.arange(6.0).reshape(2, 3)
+    content, reading = RecordDict({"arrays": ArrayRecord([values])}), Reading()
+    first, second = (clone_content(content, reading)["arrays"]["0"] for _ in range(2))
+    assert isinstance(first, LazyArray) and first is not second and first.view is second.view
+    assert first == content["arrays"]["0"] and first.data is content["arrays"]["0"].data
+    copy = first.numpy()
+    copy[0, 0] = -1.0
+    assert np.array_equal(second.numpy(), values)
+    second.data = Array(values + 1).data
+    assert np.array_equal(second.numpy(), values + 1) and np.array_equal(first.numpy(), values)
+
+
+def test_an_array_that_was_changed_between_two_nodes_is_decoded_anew():
+    content, reading = RecordDict({"arrays": ArrayRecord([np.zeros(2)])}), Reading()
+    before = clone_content(content, reading)["arrays"]["0"]
+    content["arrays"]["0"].data = Array(np.ones(2)).data
+    assert np.array_equal(clone_content(content, reading)["arrays"]["0"].numpy(), np.ones(2))
+    assert np.array_equal(before.numpy(), np.zeros(2))
+
+
+@pytest.mark.parametrize("array", [
+    Array("float64", (2,), "numpy.ndarray", b"no array"),
+    Array("float32", (2,), "numpy.ndarray", Array(np.ones(2)).data),
+    Array("float64", (2,), "something.else", Array(np.ones(2)).data),
+])
+def test_an_array_that_cannot_be_decoded_is_sent_as_it_is(array):
+    record = ArrayRecord()
+    record["x"] = array
+    sent = clone_content(RecordDict({"arrays": record}), Reading())["arrays"]["x"]
+    assert type(sent) is Array and vars(sent) == vars(array) and sent is not array
