@@ -98,6 +98,7 @@ STRATEGIES = {
 
 _TASKS, _PARTITIONS, _MODELS = "fedcore.clients.tasks", "fedcore.clients.partitions", "fedcore.clients.models"
 _DISTRIBUTIONS, _AVAILABILITY = "fedcore.simulations.distributions", "fedcore.simulations.availability"
+_COMPRESSION = "fedcore.compression"
 _SCHEDULES, _TORCH_SCHEDULES = "fedcore.clients.schedules", "torch.optim.lr_scheduler"
 
 CATALOGUE: dict[str, dict[str, Entry]] = {
@@ -167,7 +168,15 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
         "markov": Entry(f"{_AVAILABILITY}:Markov"),
         "trace": Entry(f"{_AVAILABILITY}:Trace"),
     },
-    "compressors": {},
+    "compressors": {
+        "identity": Entry(f"{_COMPRESSION}.dense:Identity"),
+        "top_k": Entry(f"{_COMPRESSION}.sparse:TopK"),
+        "rand_k": Entry(f"{_COMPRESSION}.sparse:RandK"),
+        "sign": Entry(f"{_COMPRESSION}.quantised:Sign"),
+        "qsgd": Entry(f"{_COMPRESSION}.quantised:Qsgd"),
+        "natural": Entry(f"{_COMPRESSION}.quantised:Natural"),
+        "power_sgd": Entry(f"{_COMPRESSION}.dense:PowerSgd"),
+    },
     "graphs": {},
 }
 
@@ -212,4 +221,5 @@ SIMULATION_TRIALS = {
 # What a plug-in of each kind has to be, where that can be said in one class.
 EXPECTED = {
     "strategies": ("flwr.serverapp.strategy:Strategy", "a Flower Strategy"),
+    "compressors": ("fedcore.compression.base:Compressor", "a Compressor"),
 }
