@@ -9,6 +9,7 @@ from flwr.clientapp.typing import Mod
 
 from fedcore.clients.data import batches_per_pass
 from fedcore.clients.requests import KINDS, Request
+from fedcore.feedback import ACTION
 from fedcore.flower import record_of
 from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
 
@@ -48,6 +49,8 @@ class EstimatingApp(ClientApp):
         self.train(mods=list(mods or []))(client.train)
         self.evaluate(mods=list(mods or []))(client.evaluate)
         self.query(mods=list(mods or []))(client.query)
+        if (gradient := getattr(client, "gradient", None)) is not None:
+            self.train(ACTION, mods=list(mods or []))(gradient)
 
 
 def echo(request: Request) -> dict[str, ConfigRecord]:

@@ -258,6 +258,30 @@ class Hub(Exchange):
         self._end(task, "ok", answer.bytes_up, reply.local_steps)
         return reply
 
+    def accept(
+        self, answer: Answer, values: Tensor, metrics: Mapping[str, Any], buffers: Mapping[str, Tensor],
+        local_steps: int,
+    ) -> Reply:
+        """Count an answer to `ask` as used, and return it as `publish` takes it.
+
+        Args:
+            values: what it brought, shape (d,).
+        """
+        task = self._by_id.pop(answer.task_id)
+        self.failures_in_a_row.pop(task.node.partition, None)
+        self.totals["client_updates"] += 1
+        self.totals["client_steps"] += local_steps
+        self._end(task, "ok", answer.bytes_up, local_steps)
+        return Reply(
+            node=task.node, task_id=task.id, base_version=task.base_version, local_steps=local_steps,
+            num_examples=metrics["num-examples"], elapsed_s=answer.elapsed_s, train_seconds=None, metrics=dict(metrics),
+            buffers=dict(buffers), values=values, kind="update", base=None, _version_now=self._version_now,
+        )
+
+    def reject(self, answer: Answer, reason: str) -> Failure:
+        """Refuse an answer to `ask`: it is counted, and touches nothing."""
+        return self.refuse(self._by_id[answer.task_id], reason, answer.bytes_up)
+
     def read_figures(self, answer: Answer) -> dict[str, float] | None:
         """Validate an evaluation; a malformed one is refused, and None is returned."""
         task = self._by_id[answer.task_id]
