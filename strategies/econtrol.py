@@ -20,8 +20,8 @@ from fedcore.strategies.settings import check_number
 class EControl(ErrorFeedback):
     """Compressed gradients that converge on uneven data and with small batches.
 
-    The paper's theory has eta = contraction / 400, which is timid: eta = contraction is the default here; values of
-    five times the contraction and more diverge.
+    The paper's theory has eta = contraction / 400, which is timid: eta = contraction is the default here, and
+    with much larger values runs may diverge.
 
     Args:
         server_lr: gamma, the step size.

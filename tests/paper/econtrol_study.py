@@ -152,7 +152,9 @@ def fewest_rounds(
     best = (most, 0.0)
     for method in methods:
         for step_size in step_sizes:
-            best = min(best, (rounds_to(problem, method, step_size, target, best[0], window), step_size))
+            found = rounds_to(problem, method, step_size, target, best[0], window)
+            if found < best[0]:    # a run that was broken off says as many as the best
+                best = (found, step_size)
     return best
 
 
