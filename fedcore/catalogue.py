@@ -36,7 +36,7 @@ STRATEGIES = {
     "ef21_sgdm": Entry(f"{_FEEDBACK}:Ef21Sgdm", "rounds", "Fatkhullin et al., 2023, arXiv:2305.15155"),
     "ef14": Entry(f"{_FEEDBACK}:Ef14", "rounds", "Stich et al., 2018, arXiv:1809.07599"),
     "compressed_sgd": Entry(f"{_FEEDBACK}:CompressedSgd", "rounds", "Alistarh et al., 2017, arXiv:1610.02132"),
-    "distributed_sgd": Entry(f"{_FEEDBACK}:DistributedSgd", "rounds"),
+    "distributed_sgd": Entry(f"{_FEEDBACK}:DistributedSgd", "rounds", "Chen et al., 2016, arXiv:1604.00981"),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",
