@@ -1,6 +1,9 @@
 """From an experiment to its task, its training settings, and the client that runs them."""
 from typing import Any
 
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.typing import Mod
+
 from fedcore.clients.apps import EstimatingApp
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import PartitionedTask, Task
@@ -11,6 +14,11 @@ from fedcore.registry import build
 
 # Of each client's examples, when clients evaluate and the experiment does not say how much.
 VALIDATION_SHARE = 0.1
+# What Flower's strategies expect to run at the clients.
+CLIENT_MODS: dict[str, Mod] = {
+    "dp_client_fixed_clipping": fixedclipping_mod,
+    "dp_client_adaptive_clipping": adaptiveclipping_mod,
+}
 METHODS = ("model", "loss", "data", "validation_data", "metrics")
 
 
@@ -47,6 +55,12 @@ def train_settings(experiment: Experiment) -> TrainSettings:
     return TrainSettings(**experiment.train.model_dump())
 
 
-def build_client(experiment: Experiment) -> EstimatingApp:
-    """Return the ClientApp of an experiment, for any of its sites."""
-    return torch_client(build_task(experiment), train_settings(experiment))
+def build_client(experiment: Experiment, task: Task | None = None) -> EstimatingApp:
+    """Return the ClientApp of an experiment, for any of its sites.
+
+    Args:
+        task: the experiment's, where it has been built already.
+    """
+    task = build_task(experiment) if task is None else task
+    mods = [mod for name, mod in CLIENT_MODS.items() if experiment.strategy_name == name]
+    return torch_client(task, train_settings(experiment), mods)

@@ -12,12 +12,17 @@ from fedcore.vectors import FlatModule, Model
 @contextmanager
 def seeded_torch(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators (dropout, initial values) inside the block; outside nothing changes."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    on_gpu = device.type == "cuda"
+    before, before_on_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+    try:
         torch.default_generator.manual_seed(seed)
-        if devices:
+        if on_gpu:
             torch.cuda.manual_seed(seed)
         yield
+    finally:
+        torch.set_rng_state(before)
+        if before_on_gpu is not None:
+            torch.cuda.set_rng_state(before_on_gpu, device)
 
 
 def flat_module(task: Task, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> FlatModule:

@@ -20,7 +20,7 @@ from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
 from fedcore.feedback import BEGINS, BUFFERS, contribution_arrays
-from fedcore.flower import record_of
+from fedcore.flower import record_of, reply_to
 from fedcore.payload import ARRAYS, INFO, METRICS, REPLY, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
@@ -41,7 +41,7 @@ def torch_client(
     Args:
         task: anything with the methods of `Task`; a task with a `client_app` method supplies the app itself.
         settings: what requests leave open.
-        mods: Flower's client mods for every action.
+        mods: Flower's client mods for training, such as its clipping mods.
     """
     settings = settings or TrainSettings()
     if hasattr(task, "client_app"):
@@ -95,7 +95,7 @@ class TorchClient:
             METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
             **echo(request),
         })
-        return Message(content, reply_to=message)
+        return reply_to(message, content)
 
     def gradient(self, message: Message, context: Context) -> Message:
         """Reply with one stochastic gradient at the received model, compressed as the request says.
@@ -122,7 +122,7 @@ class TorchClient:
         })
         if flat.layout.buffers:
             content[BUFFERS] = ArrayRecord({name: Array(value.numpy()) for name, value in flat.buffers().items()})
-        return Message(content, reply_to=message)
+        return reply_to(message, content)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Measure the received model on the site's validation data.

@@ -44,11 +44,11 @@ class LazyArray(Array):
         return self.__dict__.get("view")
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The array in NumPy's `.npy` format."""
         if "data" not in self.__dict__:
             self.__dict__["data"] = Array.from_numpy_ndarray(self.__dict__["view"]).data
-        return self.__dict__["data"]  # type: ignore[no-any-return]
+        return self.__dict__["data"]
 
     @data.setter
     def data(self, value: bytes) -> None:

@@ -29,6 +29,8 @@ FORMAT = "fedcore-1"
 # The tensor that holds the tree: the header of a safetensors file has a limit, and 100,000 clients exceed it.
 TREE = "tree"
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+# Most values of a large tree: they are asked for first.
+PLAIN = frozenset((type(None), bool, int, float, str))
 SCALAR_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
@@ -42,16 +44,18 @@ class _Encoder:
         self._keep: list[Any] = []    # ids stay unique only while the objects live
 
     def encode(self, value: Any) -> Any:
+        if type(value) in PLAIN:
+            return value
         if isinstance(value, np.generic):    # np.float64 is a float, too
             return {"$scalar": self._values(value, np.asarray(value))}
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, dict):
             if all(isinstance(key, str) and not key.startswith("$") for key in value):
-                return {key: self.encode(item) for key, item in value.items()}
-            return {"$map": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+                return {key: item if type(item) in PLAIN else self.encode(item) for key, item in value.items()}
+            return {"$map": [self.encode(list(value)), self.encode(list(value.values()))]}
         if isinstance(value, list):
-            return [self.encode(item) for item in value]
+            return [item if type(item) in PLAIN else self.encode(item) for item in value]
         if isinstance(value, tuple):
             return {"$tuple": [self.encode(item) for item in value]}
         if isinstance(value, Tensor):
@@ -72,7 +76,7 @@ class _Encoder:
         if isinstance(value, ArrayRecord):
             return {"$arrays": [[name, self._array(array)] for name, array in value.items()]}
         for tag, kind in SCALAR_RECORDS.items():
-            if isinstance(value, kind):
+            if isinstance(value, (kind,)):
                 return {"$" + tag: [[name, self.encode(item)] for name, item in value.items()]}
         raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
 
@@ -122,7 +126,8 @@ class _Decoder:
 
     def _tagged(self, tag: str, body: Any) -> Any:
         if tag == "map":
-            return {self.decode(key): self.decode(item) for key, item in body}
+            keys, items = body
+            return dict(zip(self.decode(keys), self.decode(items), strict=True))
         if tag == "tuple":
             return tuple(self.decode(item) for item in body)
         if tag == "tensor":
@@ -170,7 +175,7 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         # Bytes through NumPy: an empty tensor has no memory to take a view of.
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy() if tensors[name].numel() else b"")
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b"")
     return digest.hexdigest()
 
 

@@ -50,9 +50,9 @@ class Scores:
     def add(self, figures: Mapping[str, float], now: float, target: Mapping[str, float]) -> bool:
         """Take note of an evaluation; returns whether it reaches the target."""
         self.latest = dict(figures)
-        accuracy = figures.get("accuracy")
-        if accuracy is not None and (self.best_accuracy is None or accuracy > self.best_accuracy):
-            self.best_accuracy = accuracy
+        accuracy = figures.get("accuracy", math.nan)
+        if not math.isnan(accuracy):
+            self.best_accuracy = accuracy if self.best_accuracy is None else max(self.best_accuracy, accuracy)
         reached = self.reached(target)
         if reached and self.time_to_target_s is None:
             self.time_to_target_s = now

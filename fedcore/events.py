@@ -89,8 +89,10 @@ class EventStrategy(HubStrategy):
                 assert node is not None, "a node is admitted before its joining is reported"
                 self.on_join(hub, node)
             elif outcome.node_id is not None and (gone := hub.remove_node(outcome.node_id)):
-                hub.recorder.metric(hub.now, "leave", version=hub.version, node=gone.partition)
+                for failure in hub.lose_tasks(gone):
+                    self.on_failure(hub, failure)
                 self.on_leave(hub, gone)
+            hub.give_up_if_hopeless()
             session.check_limits(self._rounds_done(hub))
             session.safe_point()
             if hub.stop_reason is not None:

@@ -2,7 +2,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
@@ -48,8 +48,9 @@ class Exchange:
         self.version, self.expected = 0, options.expected or 0
         self.stop_reason: str | None = None
         self.totals = {"client_updates": 0, "client_steps": 0, "bytes_up": 0, "bytes_down": 0}
-        self.counts = {"failures": 0, "refused": 0, "lost": 0, "evaluations": 0}
+        self.counts = {"failures": 0, "refused": 0, "lost": 0, "late": 0, "evaluations": 0}
         self.failures_in_a_row: dict[int, int] = {}
+        self.barren = 0    # failures of training, of whichever nodes, since the last good reply
         self.closing = False
         self.show_failure = ShowOnce()
         self._last_failure = ""
@@ -59,7 +60,8 @@ class Exchange:
         self._listed: tuple[Node, ...] | None = None    # all of them in order; None: to be listed anew
         self._kinds: dict[int, str] = {}          # what each partition says it can answer with
         self._tasks: dict[str, Task] = {}         # by message id
-        self._by_id: dict[int, Task] = {}
+        self._by_id: dict[int, Task] = {}         # that have not ended: no row in the timeline yet
+        self._unread: dict[int, Task] = {}        # answered, and whoever asked may still find the answer malformed
         self._unsent: deque[Task] = deque()
         self._waiting_room: dict[int, None] = {}
         self._next_task = 0
@@ -70,6 +72,11 @@ class Exchange:
     def now(self) -> float:
         """Seconds since the first work could be handed out; time during which the server was down is not counted."""
         return self._now
+
+    @property
+    def moment(self) -> tuple[float, int]:
+        """What changes whenever anything happens: the time, and how many tasks were ever given out."""
+        return self._now, self._next_task
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -108,14 +115,46 @@ class Exchange:
             return Node(node_id, self.grid.partition_of(node_id), 1, self._now)
         return self._nodes.get(node_id)
 
-    def note_membership(self, event: Event) -> None:
-        """Take note, during a round, of a node that left or of one that came (it is admitted after the round)."""
-        if event.kind == "join" and event.node_id is not None:
+    def note_membership(self, event: Event) -> list[Failure]:
+        """Take note, during a round, of a node that left or of one that came (it is admitted after the round).
+
+        Returns:
+            The tasks that a node took with it.
+        """
+        if event.kind == "join" and event.node_id is not None and event.node_id not in self._nodes:
             self._waiting_room[event.node_id] = None
         elif event.kind == "leave" and event.node_id is not None:
             self._waiting_room.pop(event.node_id, None)
             if (node := self.remove_node(event.node_id)) is not None:
-                self.recorder.metric(self._now, "leave", version=self.version, node=node.partition)
+                return self.lose_tasks(node)
+        return []
+
+    def lose_tasks(self, node: Node) -> list[Failure]:
+        """End the tasks of a node that left, whether or not the grid will say so of each; write that it left."""
+        failures = []
+        for task in [task for task in self._tasks.values() if task.node.id == node.id and not task.abandoned]:
+            task.abandoned = True
+            reason = f"node {node.partition} {ERROR_WORDS[NODE_GONE]}"
+            failure = Failure(task.node, task.id, reason, NODE_GONE, task.action)
+            if not task.action.startswith(MessageType.QUERY):
+                self.counts["lost"] += 1
+                self.recorder.metric(self._now, "failure", version=self.version, node=node.partition, code=NODE_GONE,
+                                     reason=reason)
+            self._end(task, "lost", 0)
+            if (outcome := self._intercept(task, failure)) is not None:
+                failures.append(failure)
+                assert outcome is failure
+        self.recorder.metric(self._now, "leave", version=self.version, node=node.partition)
+        return failures
+
+    def note_news(self) -> None:
+        """Take note of whoever has come or gone by now, without waiting."""
+        while True:
+            outcome = self.next_outcome(self._now)
+            if isinstance(outcome, Event):
+                if outcome.kind == "time":
+                    return
+                self.note_membership(outcome)
 
     def pop_waiting(self) -> list[int]:
         """Return the nodes that came during a round, and forget them."""
@@ -146,7 +185,7 @@ class Exchange:
         if message_id is None:
             self.counts["lost"] += 1
             self._end(task, "lost", 0)
-            self._note_failure(node, "the node could not be reached")
+            self._note_failure(task, "the node could not be reached")
             self._unsent.append(task)
         else:
             self.totals["bytes_down"] += bytes_down
@@ -170,20 +209,22 @@ class Exchange:
 
     def collect(self, sent: Sequence[Task], deadline_s: float | None = None, min_replies: int | None = None) -> Replies:
         """Wait for the answers to tasks that were sent (see `ask`)."""
+        self.end_unread()
         deadline_s = self.options.round_deadline_s if deadline_s is None else deadline_s
-        least = math.ceil(self.options.min_replies_share * len(sent)) if min_replies is None else min_replies
+        # 0.07 x 100 is a little more than 7.
+        share = self.options.min_replies_share
+        least = math.ceil(share * len(sent) - 1e-9) if min_replies is None else min_replies
         limit = math.inf if deadline_s is None else self._now + deadline_s
         waiting = {task.id for task in sent}
         arrived: dict[int, Answer] = {}
         missing: dict[int, Failure] = {}
         while waiting and not (self._now >= limit and len(arrived) >= least):
             outcome = self.next_outcome(None if math.isinf(limit) or self._now >= limit else limit)
-            if isinstance(outcome, Event):
-                self.note_membership(outcome)
-            elif outcome.task_id in waiting:
-                waiting.discard(outcome.task_id)
-                box: dict[int, Any] = arrived if isinstance(outcome, Answer) else missing
-                box[outcome.task_id] = outcome
+            for found in self.note_membership(outcome) if isinstance(outcome, Event) else [outcome]:
+                if found.task_id in waiting:
+                    waiting.discard(found.task_id)
+                    box: dict[int, Any] = arrived if isinstance(found, Answer) else missing
+                    box[found.task_id] = found
         for task in sent:
             if task.id in waiting:
                 task.abandoned = True
@@ -214,7 +255,8 @@ class Exchange:
                     return Event("time", self._now)
                 continue
             limit = None if self.closing else self.options.stop.seconds
-            target = min((at for at in (until, limit) if at is not None), default=None)
+            # What is due already is due now: replies of this moment come before it.
+            target = min((max(at, self._now) for at in (until, limit) if at is not None), default=None)
             event = self.grid.next_event(None if target is None else target + self._epoch)
             if event is None:
                 raise self.dead_end()
@@ -238,13 +280,17 @@ class Exchange:
     def dead_end(self) -> FedcoreError:
         """Return the error that says why the run cannot go on."""
         if self._nodes and all(self.failures_in_a_row.get(node.partition) for node in self._nodes.values()):
-            return AllNodesFailed(
-                f"Every node failed, and none is left to give work to at {self._now:.6g} s. "
-                f"The last failure: {printable(self._last_failure)}"
-            )
+            return self.all_failed()
         return NothingCanHappen(
             f"Nothing can happen any more at {self._now:.6g} s: no work is under way, no timer is set and no node will "
             f"come ({len(self._nodes)} of {self.expected} nodes are here)."
+        )
+
+    def all_failed(self) -> AllNodesFailed:
+        """Return the error that shows the last of many failures."""
+        return AllNodesFailed(
+            f"Every node failed, and none is left to give work to at {self._now:.6g} s. "
+            f"The last failure: {printable(self._last_failure)}"
         )
 
     def stop(self, reason: str) -> None:
@@ -255,25 +301,36 @@ class Exchange:
     # ---- what comes back --------------------------------------------------------------------------------------------
 
     def _receive(self, message: Message) -> Answer | Failure | None:
-        task = self._tasks.pop(message.metadata.reply_to_message_id, None)
-        if task is None:
-            self.counts["refused"] += 1
-            known = self._nodes.get(message.metadata.src_node_id)
-            self.recorder.metric(self._now, "refused", version=self.version, node=known.partition if known else None,
-                                 reason="a reply to an unknown task, or a second one")
+        source = message.metadata.src_node_id
+        task = self._tasks.get(message.metadata.reply_to_message_id)
+        if task is None or task.node.id != source:
+            known = self._nodes.get(source)
+            what = "a reply to an unknown task, or a second one" if task is None else "another node's task was answered"
+            self._log_refusal(known.partition if known else None, what)
             return None
+        del self._tasks[message.metadata.reply_to_message_id]
         task.answered_at = self._now
         failed = message.has_error()
-        size = 0 if failed else wire_bytes(message.content)
-        self.totals["bytes_up"] += size
+        task.bytes_up = 0 if failed else wire_bytes(message.content)
+        self.totals["bytes_up"] += task.bytes_up
         if task.abandoned:
-            if task.id in self._by_id:
-                self._end(task, "cancelled", size)
+            if not failed and not self.closing:
+                self.counts["late"] += 1
+                reason = f"it came after {self._now - task.sent_at:.6g} s, when nobody waited for it any longer"
+                self.recorder.metric(self._now, "late", version=self.version, node=task.node.partition, reason=reason)
+            self._end(task, "cancelled", task.bytes_up)
             return None
-        outcome = self._fail(task, message) if failed else Answer(
-            task.node, task.id, message.content, message, self._now - task.sent_at, size, task.action
-        )
-        return self._intercept(task, outcome)
+        if failed:
+            return self._intercept(task, self._fail(task, message))
+        self._unread[task.id] = task
+        return self._intercept(task, Answer(
+            task.node, task.id, message.content, message, self._now - task.sent_at, task.bytes_up, task.action, task
+        ))
+
+    def end_unread(self) -> None:
+        """End the tasks whose answers somebody has received and found nothing wrong with."""
+        for task in list(self._unread.values()):
+            self._end(task, "ok", task.bytes_up)
 
     def _intercept(self, task: Task, outcome: Answer | Failure) -> Answer | Failure | None:
         """Let a subclass keep what no strategy waits for."""
@@ -291,33 +348,45 @@ class Exchange:
         outcome = "lost" if code in (3, 4, 5) else "failed"
         self.counts["lost" if outcome == "lost" else "failures"] += 1
         self._end(task, outcome, 0)
-        self.recorder.metric(self._now, "failure", version=self.version, node=task.node.partition, code=code, reason=reason)
+        self.recorder.metric(self._now, "failure", version=self.version, node=task.node.partition, code=code,
+                             reason=reason)
         self.show_failure(failure)
-        self._note_failure(task.node, reason)
+        self._note_failure(task, reason)
         return failure
 
     def refuse(self, task: Task, reason: str, bytes_up: int) -> Failure:
         """Count and log a reply that must not be used."""
-        self.counts["refused"] += 1
-        self.recorder.metric(self._now, "refused", version=self.version, node=task.node.partition, reason=reason)
-        logger.warning("Refused a reply of node %d: %s", task.node.partition, printable(reason))
+        self._log_refusal(task.node.partition, reason)
         self._end(task, "refused", bytes_up)
-        self._note_failure(task.node, reason)
+        self._note_failure(task, reason)
         return Failure(task.node, task.id, reason, REFUSED, task.action)
 
-    def _note_failure(self, node: Node, reason: str) -> None:
-        self.failures_in_a_row[node.partition] = self.failures_in_a_row.get(node.partition, 0) + 1
-        self._last_failure = reason
+    def _log_refusal(self, partition: int | None, reason: str) -> None:
+        self.counts["refused"] += 1
+        self.recorder.metric(self._now, "refused", version=self.version, node=partition, reason=reason)
+        who = "a stranger" if partition is None else f"node {partition}"
+        logger.warning("Refused a reply of %s: %s", who, printable(reason))
+
+    def _note_failure(self, task: Task, reason: str) -> None:
+        if task.action.startswith(MessageType.TRAIN):    # a node that cannot evaluate may still train
+            partition = task.node.partition
+            self.failures_in_a_row[partition] = self.failures_in_a_row.get(partition, 0) + 1
+            self.barren += 1
+            self._last_failure = reason
 
     def _end(self, task: Task, outcome: str, bytes_up: int, local_steps: int | None = None) -> None:
-        """Write the task's row in the timeline."""
+        """Write the task's row in the timeline, once."""
+        self._unread.pop(task.id, None)
+        times_of = getattr(self.grid, "task_times", None)
+        parts: Mapping[str, float] = (times_of(task.message_id) if times_of is not None else None) or {}
         self._by_id.pop(task.id, None)
-        if task.action.startswith(MessageType.QUERY):
+        if task.ended or task.action.startswith(MessageType.QUERY):
             return
-        parts = getattr(self.grid, "task_times", lambda _: {})(task.message_id) or {}
+        task.ended = True
         self.recorder.task({
             "task": task.id, "node": task.node.partition, "kind": task.action, "start_s": task.sent_at,
-            "end_s": self._now if task.answered_at is None else task.answered_at, "download_s": parts.get("download_s"), "queue_s": parts.get("queue_s"),
+            "end_s": self._now if task.answered_at is None else task.answered_at,
+            "download_s": parts.get("download_s"), "queue_s": parts.get("queue_s"),
             "compute_s": parts.get("compute_s"), "upload_s": parts.get("upload_s"),
             "local_steps": task.local_steps if local_steps is None else local_steps,
             "base_version": task.base_version, "staleness": self.version - task.base_version, "outcome": outcome,

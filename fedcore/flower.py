@@ -75,6 +75,11 @@ def record_of(kind: type[R], entries: dict[str, Any]) -> R:
     return record
 
 
+def put(record: ConfigRecord | MetricRecord, name: str, value: int | float | str) -> None:
+    """Set an entry of a record, without the check of `record_of`."""
+    record.__dict__["_data"][name] = value
+
+
 # ---- other people's apps ------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from torch import Tensor
 
 from fedcore.clock import Event
-from fedcore.errors import EmptyRound, MalformedReply
+from fedcore.errors import EmptyRound, InvalidSetting, MalformedReply
 from fedcore.evaluation import Poll, Scores, read_evaluation
 from fedcore.exchange import Exchange, HubGrid
 from fedcore.flower import record_of
@@ -24,9 +24,11 @@ logger = logging.getLogger("fedcore")
 
 # Plain attributes that a checkpoint holds as they are.
 SAVED = ("model", "version", "round_index", "expected", "failures_in_a_row", "_now", "_kinds", "_timers", "_draws",
-         "_next_task", "_waiting_room")
+         "_next_task", "_waiting_room", "barren")
 # A node that fails so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
+# Failures per node of the run, with no good reply among them, after which nothing good will come.
+HOPELESS_FAILURES = 10
 NODE_FIELDS = tuple(entry.name for entry in fields(Node))
 
 
@@ -44,7 +46,8 @@ class Hub(Exchange):
     def __init__(self, grid: HubGrid, model: Model, options: RunOptions, recorder: Recorder | None = None):
         super().__init__(grid, options, recorder)
         self.model, self.seed, self.round_index = model, options.seed, 0
-        self.scores = Scores()
+        self._train_config = dict(ConfigRecord(dict(options.train_config)).items())    # checked once, for all requests
+        self.scores = Scores(due_s=options.evaluation.every)
         self._polls: dict[int, Poll] = {}         # evaluations under way at the clients, by version
         self._timers: dict[str, float] = {}
         self._draws: dict[int, int] = {}          # training tasks given to each partition so far
@@ -72,8 +75,9 @@ class Hub(Exchange):
         self._draws[node.partition] = draw + 1
         settings = record_of(ConfigRecord, {
             "task-id": task_id, "version": self.version, "draw": draw, "seed": self.seed, "reply": "update",
+            **self._train_config,
         })
-        for name, value in {**self.options.train_config, **(config or {})}.items():
+        for name, value in (config or {}).items():
             settings[name] = value
         if local_steps is None:
             told = settings.get("local-steps")    # what the run tells every client, if it does
@@ -130,8 +134,16 @@ class Hub(Exchange):
         return True
 
     def set_timer(self, name: str, at: float) -> None:
-        """Call `on_timer(name)` at the time `at`; a timer of the same name is replaced."""
-        self._timers[name] = at
+        """Call `on_timer(name)` at the time `at`; a timer of the same name is replaced. Infinity: never.
+
+        Raises:
+            InvalidSetting: the time is not a number.
+        """
+        if math.isnan(at):
+            raise InvalidSetting("at", at, "a time in seconds", f"It was given for the timer {name!r}.")
+        self._timers.pop(name, None)
+        if at < math.inf:
+            self._timers[name] = at
 
     def cancel_timer(self, name: str) -> None:
         """Forget a timer, if there is one."""
@@ -162,7 +174,8 @@ class Hub(Exchange):
         self._polls[self.version] = Poll(self.version, asked=len(nodes), pending=len(nodes))
         for node in nodes:
             config = ConfigRecord({"version": self.version, "seed": self.seed})
-            self.send_to(node, MessageType.EVALUATE, RecordDict({ARRAYS: self.model_record(), CONFIG: config}))
+            content = RecordDict({ARRAYS: self.model_record(), CONFIG: config})
+            self.send_to(node, MessageType.EVALUATE, content, for_poll=True)
 
     def ask(
         self,
@@ -204,10 +217,17 @@ class Hub(Exchange):
             yield name
 
     def give_up_if_hopeless(self) -> None:
-        """Raise `AllNodesFailed` when no node has ever answered and each has failed three times."""
+        """Raise `AllNodesFailed` when nothing but failures has come for so long that nothing else will.
+
+        That is: no node has ever answered, and each has failed three times; or there were ten failures for each node
+        of the run since the last good reply.
+        """
+        if not self.barren:
+            return
         tried = [self.failures_in_a_row.get(node.partition, 0) for node in self._nodes.values()]
-        if not self.totals["client_updates"] and tried and min(tried) >= MAX_FAILURES_IN_A_ROW:
-            raise self.dead_end()
+        never = not self.totals["client_updates"] and tried and min(tried) >= MAX_FAILURES_IN_A_ROW
+        if never or self.barren >= HOPELESS_FAILURES * max(1, self.expected):
+            raise self.all_failed()
 
     def finish_polls(self, within_s: float = math.inf) -> None:
         """Wait until the evaluations under way at the clients are complete, or for so many seconds.
@@ -223,7 +243,9 @@ class Hub(Exchange):
             self._close_poll(poll)
 
     def drop_polls(self) -> None:
-        """Forget the evaluations under way at the clients."""
+        """Forget the evaluations under way at the clients; the current version can then be evaluated anew."""
+        if self.version in self._polls:
+            self.scores.evaluated_version = -1
         self._polls = {}
 
     def end_clock(self, at: float) -> None:
@@ -232,7 +254,8 @@ class Hub(Exchange):
 
     def read_reply(self, answer: Answer) -> Reply | Failure:
         """Validate a training answer; a malformed one becomes a failure, is counted, and touches nothing."""
-        task = self._by_id.pop(answer.task_id)
+        task = answer.task
+        assert task is not None
         try:
             found = read_train_reply(answer.content, self.model.layout)
             if found.task_id is not None and found.task_id != task.id:
@@ -252,39 +275,22 @@ class Hub(Exchange):
             train_seconds=None if found.train_seconds is None else min(found.train_seconds, elapsed),
             values=found.values, kind=found.kind, base=task.base, _version_now=self._version_now,
         )
-        self.failures_in_a_row.pop(task.node.partition, None)
-        self.totals["client_updates"] += 1
-        self.totals["client_steps"] += reply.local_steps
-        self._end(task, "ok", answer.bytes_up, reply.local_steps)
+        self.accept(answer, reply)
         return reply
 
-    def accept(
-        self, answer: Answer, values: Tensor, metrics: Mapping[str, Any], buffers: Mapping[str, Tensor],
-        local_steps: int,
-    ) -> Reply:
-        """Count an answer to `ask` as used, and return it as `publish` takes it.
-
-        Args:
-            values: what it brought, shape (d,).
-        """
-        task = self._by_id.pop(answer.task_id)
-        self.failures_in_a_row.pop(task.node.partition, None)
+    def accept(self, answer: Answer, reply: Reply) -> None:
+        """Count an answer that is used as `reply`."""
+        assert answer.task is not None
+        self.failures_in_a_row.pop(answer.node.partition, None)
+        self.barren = 0
         self.totals["client_updates"] += 1
-        self.totals["client_steps"] += local_steps
-        self._end(task, "ok", answer.bytes_up, local_steps)
-        return Reply(
-            node=task.node, task_id=task.id, base_version=task.base_version, local_steps=local_steps,
-            num_examples=metrics["num-examples"], elapsed_s=answer.elapsed_s, train_seconds=None, metrics=dict(metrics),
-            buffers=dict(buffers), values=values, kind="update", base=None, _version_now=self._version_now,
-        )
-
-    def reject(self, answer: Answer, reason: str) -> Failure:
-        """Refuse an answer to `ask`: it is counted, and touches nothing."""
-        return self.refuse(self._by_id[answer.task_id], reason, answer.bytes_up)
+        self.totals["client_steps"] += reply.local_steps
+        self._end(answer.task, "ok", answer.bytes_up, reply.local_steps)
 
     def read_figures(self, answer: Answer) -> dict[str, float] | None:
         """Validate an evaluation; a malformed one is refused, and None is returned."""
-        task = self._by_id[answer.task_id]
+        task = answer.task
+        assert task is not None
         try:
             _, figures = read_evaluation(answer.content)
         except MalformedReply as error:
@@ -311,9 +317,12 @@ class Hub(Exchange):
 
     def _intercept(self, task: Task, outcome: Answer | Failure) -> Answer | Failure | None:
         """Count what belongs to an evaluation at the clients; pass on everything else."""
-        poll = self._polls.get(task.base_version) if task.action == MessageType.EVALUATE else None
-        if poll is None:
+        if not task.for_poll:
             return outcome
+        poll = self._polls.get(task.base_version)
+        if poll is None:    # it was dropped meanwhile
+            self._end(task, "cancelled", task.bytes_up)
+            return None
         if isinstance(outcome, Failure):
             poll.pending -= 1
         else:
@@ -338,7 +347,10 @@ class Hub(Exchange):
     def record_evaluation(self, figures: Mapping[str, float], version: int, where: str, **details: Any) -> None:
         """Write an evaluation, and stop the run when it reaches the target."""
         self.counts["evaluations"] += 1
-        self.recorder.metric(self._now, "evaluate", version=version, where=where, **figures, **self.totals, **details)
+        ours = {"version": version, "where": where, **self.totals, **details}
+        # A client may call its figures what it likes, but not what we call ours.
+        theirs = {name: value for name, value in figures.items() if name not in (*ours, "time_s", "event")}
+        self.recorder.metric(self._now, "evaluate", **{"version": version, "where": where, **theirs, **ours})
         if self.scores.add(figures, self._now, self.options.stop.target):
             self.stop("target")
 
@@ -367,7 +379,7 @@ class Hub(Exchange):
         tasks, unsent = ([Task(**{**fields, "node": Node(**fields["node"])}) for fields in state[name]]
                          for name in ("tasks", "unsent"))
         self._tasks = {task.message_id: task for task in tasks if task.message_id}
-        self._by_id = {task.id: task for task in tasks}
+        self._by_id = {task.id: task for task in tasks if not task.ended}
         self._unsent = deque(unsent)
         self._polls = {fields["version"]: Poll(**fields) for fields in state["polls"]}
         grid_now, epoch = state["clock"]

@@ -6,8 +6,7 @@ FedAvg sends and expects, so its strategies and ours understand the same clients
 """
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -196,16 +195,16 @@ def wire_bytes(content: RecordDict) -> int:
 
     Counted from shapes and dtypes alone, so that every engine bills the same number for the same content.
     """
-    total = 0
-    for record in content.values():
-        if isinstance(record, VectorRecord) and record.model is not None:
-            total += record.model.layout.num_bytes + ARRAY_HEADER_BYTES * len(record)
-        elif isinstance(record, ArrayRecord):
-            total += sum(_array_bytes(array) + ARRAY_HEADER_BYTES for array in record.values())
-        else:
-            total += SCALAR_BYTES * len(record)
-            total += sum(_extra_bytes(value) for value in record.values() if type(value) not in FIXED_SIZE)
-    return total
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        if isinstance(record, VectorRecord) and (model := record.model) is not None:
+            return model.layout.num_bytes + ARRAY_HEADER_BYTES * len(record)
+        return sum(_array_bytes(array) + ARRAY_HEADER_BYTES for array in record.values())
+    return sum([SCALAR_BYTES if type(value) in FIXED_SIZE else SCALAR_BYTES + _extra_bytes(value)
+                for value in record.values()])
 
 
 def _array_bytes(array: Array) -> int:
@@ -228,8 +227,7 @@ def _extra_bytes(value: object) -> int:
     return len(value) if isinstance(value, (str, bytes)) else 0
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a reply will cost, known from the request alone.
 
     Attributes:
@@ -247,8 +245,7 @@ class Estimator(Protocol):
     def __call__(self, message: Message, context: Context) -> Estimate | None: ...
 
 
-@dataclass(frozen=True)
-class TrainReply:
+class TrainReply(NamedTuple):
     """A training reply that passed validation.
 
     Attributes:
@@ -334,7 +331,7 @@ def _number(record: Mapping[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, list) or not 0 <= value <= MAX_WORK:
         raise MalformedReply(f"{name} is {shown(value)}, but must be a number from 0 to {MAX_WORK:.0e}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _integer(record: Mapping[str, Any], name: str) -> int | None:

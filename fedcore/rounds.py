@@ -2,27 +2,33 @@
 import logging
 import random
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
-from fedcore.errors import MalformedReply, RunEnded, UnsupportedModel
+from fedcore.errors import MalformedReply, NothingCanHappen, RunEnded, UnsupportedModel, shown
 from fedcore.evaluation import NOT_FIGURES
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, read_arrays
 from fedcore.seeds import derive_seed
 from fedcore.session import Session
 from fedcore.strategy import HubStrategy
-from fedcore.tasks import Node, Reply, Task
+from fedcore.tasks import Answer, Failure, Node, Reply, Task
 from fedcore.vectors import Layout, Model
 
 logger = logging.getLogger("fedcore")
 
-SAVEABLE = (type(None), bool, int, float, str, bytes, np.ndarray, ArrayRecord, ConfigRecord)
+SAVEABLE = (type(None), bool, int, float, str, bytes, np.generic, np.ndarray, Tensor, ArrayRecord, ConfigRecord,
+            MetricRecord)
+# What Flower's strategies compare: the names of the records, and of the metrics.
+Shape = tuple[str, str, tuple[str, ...]]
 
 
 class RoundStrategy(HubStrategy):
@@ -54,19 +60,33 @@ class RoundStrategy(HubStrategy):
         try:
             while hub.stop_reason is None:
                 session.remember()    # the run's time may be over in the middle of the round
-                session.admit_waiting()
+                session.admit_waiting(self.introduces_nodes)
+                before = hub.moment
                 self.round(hub, hub.round_index)
                 hub.round_index += 1
+                hub.end_unread()
                 hub.finish_polls()
                 session.forget()
                 session.check_limits(hub.round_index)
+                self._require_progress(hub, before)
+                if hub.stop_reason is None:
+                    hub.note_news()    # whoever left at the very end of the round is not asked in the next
                 session.safe_point()
         except RunEnded:
             pass    # the run's time is over; the round under way is dropped
         session.close(lambda: self.on_stop(hub))
 
+    def _require_progress(self, hub: Hub, before: tuple[float, int]) -> None:
+        """Raise an error where rounds would follow each other for ever, and nothing would come of it."""
+        hub.give_up_if_hopeless()
+        if hub.stop_reason is None and hub.options.stop.rounds is None and hub.moment == before:
+            raise NothingCanHappen(
+                f"{type(self).__name__} sent nobody any work in round {hub.round_index}, and so no time passes: the "
+                "run would never end. Limit its rounds, or let it ask some clients."
+            )
 
-def train_all(hub: Hub, nodes: list[Node], **settings: Any) -> list[Reply]:
+
+def train_all(hub: Hub, nodes: Sequence[Node], **settings: Any) -> list[Reply]:
     """Train on all the nodes, and return the valid replies in ascending partition order.
 
     Args:
@@ -88,26 +108,28 @@ class FlowerRounds(RoundStrategy):
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
-        self._arrays: ArrayRecord | None = None
 
     def round(self, hub: Hub, round_index: int) -> None:
         """Configure, send, wait, validate, aggregate, publish; then the strategy's federated evaluation."""
         server_round = round_index + 1    # Flower counts rounds from one
-        seed_globals(hub.seed, server_round)
-        arrays = self._arrays if self._arrays is not None else hub.model_record().copy()
+        seed_globals(hub.seed, "round", server_round)
         config = ConfigRecord({"seed": hub.seed, **hub.options.train_config})
         grid: Grid = hub.grid  # type: ignore[assignment]
+        # Every round begins with a record of ours, which clients read without decoding it.
+        arrays = hub.model_record().copy()
         sent = _send(hub, self.strategy.configure_train(server_round, arrays, config, grid))
         answers = hub.collect(sent).arrived
-        pairs = [(hub.read_reply(answer), answer.message) for answer in answers]
+        usual = usual_shape(answers)
+        pairs = [(self._read(hub, answer, usual), answer.message) for answer in answers]
         replies = [reply for reply, _ in pairs if isinstance(reply, Reply)]
+        # Clients that compute in this process may have drawn from the same generators.
+        seed_globals(hub.seed, "aggregate", server_round)
         # Ascending partition order, not order of arrival, which must not change the bits of a sum.
         result, metrics = self.strategy.aggregate_train(
             server_round, [message for reply, message in pairs if isinstance(reply, Reply)]
         )
         if result is None:
             hub.log(round=server_round, failed_round=True, replies=len(replies), asked=len(sent))
-            hub.give_up_if_hopeless()
             return
         result = in_model_dtypes(result, hub.model.layout)
         try:
@@ -115,16 +137,25 @@ class FlowerRounds(RoundStrategy):
         except MalformedReply as error:
             name = type(self.strategy).__name__
             raise UnsupportedModel(f"{name} returned arrays that do not fit the model: {error}.") from error
-        # The record itself goes back to the strategy next round, as in Flower's own loop.
-        self._arrays = result
         figures = {name: value for name, value in (metrics or {}).items() if name not in NOT_FIGURES}
         hub.publish(Model(params, buffers, hub.model.layout), replies, round=server_round, train=figures)
         self._evaluate(hub, server_round)
 
+    @staticmethod
+    def _read(hub: Hub, answer: Answer, usual: Shape | None) -> Reply | Failure:
+        """Read a reply; one that Flower's strategies could not average with the others is refused."""
+        shape = shape_of(answer.content)
+        if shape is None or shape == usual or usual is None:
+            return hub.read_reply(answer)
+        assert answer.task is not None
+        return hub.refuse(answer.task, f"its records {describe(shape)} are not those of the other clients, "
+                                       f"{describe(usual)}", answer.bytes_up)
+
     def _evaluate(self, hub: Hub, server_round: int) -> None:
-        assert self._arrays is not None
+        seed_globals(hub.seed, "evaluate", server_round)
         config, grid = ConfigRecord({"seed": hub.seed}), hub.grid
-        sent = _send(hub, self.strategy.configure_evaluate(server_round, self._arrays, config, grid))  # type: ignore[arg-type]
+        arrays = hub.model_record().copy()
+        sent = _send(hub, self.strategy.configure_evaluate(server_round, arrays, config, grid))  # type: ignore[arg-type]
         replies = [answer.message for answer in hub.collect(sent).arrived if hub.read_figures(answer) is not None]
         metrics = self.strategy.aggregate_evaluate(server_round, replies)
         if metrics:
@@ -133,11 +164,10 @@ class FlowerRounds(RoundStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the strategy's attributes that hold plain values, arrays, or another strategy."""
-        return {"arrays": self._arrays, "attributes": attributes_of(self.strategy)}
+        return {"attributes": attributes_of(self.strategy)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the attributes back."""
-        self._arrays = state["arrays"]
         set_attributes(self.strategy, state["attributes"])
 
     def summary(self) -> None:
@@ -153,8 +183,36 @@ def _send(hub: Hub, messages: Iterable[Message]) -> list[Task]:
             continue    # it left between sampling and sending
         config = message.content.get(CONFIG)
         steps = config.get("local-steps") if isinstance(config, ConfigRecord) else None
-        sent.append(hub.send(node, message, local_steps=steps if isinstance(steps, int) else None, base=hub.model))
+        if message.metadata.ttl == DEFAULT_TTL:
+            message.metadata.ttl = hub.options.task_timeout_s
+        # A model is wanted, and nothing else: an update would be averaged as if it were one.
+        sent.append(hub.send(node, message, local_steps=steps if isinstance(steps, int) else None, wanted="model"))
     return sent
+
+
+def shape_of(content: RecordDict) -> Shape | None:
+    """Return what Flower's strategies require to be equal in all replies; None without one record of each kind."""
+    names: dict[type, list[str]] = {ArrayRecord: [], MetricRecord: []}
+    for name, record in content.items():
+        for kind, found in names.items():
+            if isinstance(record, kind):
+                found.append(name)
+    if any(len(found) != 1 for found in names.values()):
+        return None
+    (arrays,), (metrics,) = names.values()
+    return arrays, metrics, tuple(sorted(content[metrics]))
+
+
+def usual_shape(answers: Sequence[Answer]) -> Shape | None:
+    """Return the shape that most replies have; of several, that of the lowest partition."""
+    counts = Counter(shape for answer in answers if (shape := shape_of(answer.content)) is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def describe(shape: Shape) -> str:
+    """Return a shape for a message."""
+    arrays, metrics, names = shape
+    return f"({shown(arrays)}, {shown(metrics)} of {shown(list(names))})"
 
 
 def in_model_dtypes(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
@@ -169,17 +227,18 @@ def in_model_dtypes(arrays: ArrayRecord, layout: Layout) -> ArrayRecord:
     for name, array in arrays.items():
         dtype = np.dtype(dtypes.get(name, array.dtype))
         values = array.numpy()
-        fitted[name] = Array((np.rint(values) if dtype.kind in "iu" else values).astype(dtype))
+        rounded = np.rint(values) if dtype.kind in "iu" else values
+        fitted[name] = Array(np.asarray(rounded, dtype))    # of a counter without dimensions, NumPy returns a scalar
     return fitted
 
 
-def seed_globals(seed: int, server_round: int) -> None:
+def seed_globals(seed: int, purpose: str, server_round: int) -> None:
     """Seed the global generators that Flower's strategies draw from (sampling, noise), anew for every round.
 
     A run that resumes at a round then draws what the run that never stopped drew.
     """
-    random.seed(derive_seed(seed, "round", server_round))
-    np.random.seed(derive_seed(seed, "round", server_round) % 2**32)
+    random.seed(derive_seed(seed, purpose, server_round))
+    np.random.seed(derive_seed(seed, purpose, server_round) % 2**32)
 
 
 def attributes_of(strategy: Strategy) -> dict[str, Any]:
@@ -191,8 +250,13 @@ def attributes_of(strategy: Strategy) -> dict[str, Any]:
         elif _is_plain(value):
             found[name] = {"value": value}
         elif not callable(value):
-            logger.warning("%s.%s cannot be saved: a resumed run starts it anew.", type(strategy).__name__, name)
+            _warn_once(f"{type(strategy).__name__}.{name} cannot be saved: a resumed run starts it anew.")
     return found
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _is_plain(value: Any) -> bool:

@@ -14,7 +14,7 @@ ESCAPES = {0x1B: "\x1b1", 0x1F: "\x1b2"}
 
 def derive_seed(seed: int, *parts: int | str) -> int:
     """Return a 63-bit seed for the purpose named by `parts`; equal on every machine and in every process."""
-    names = [str(seed), *(f"{type(part).__name__[0]}{part}" for part in parts)]
+    names = [str(seed), *[f"{type(part).__name__[0]}{part}" for part in parts]]
     text = "\x1f".join(names)
     if text.count("\x1f") > len(parts) or "\x1b" in text:
         text = "\x1f".join(name.translate(ESCAPES) for name in names)

@@ -1,7 +1,9 @@
 """One run from its first node to its last checkpoint, whatever kind of strategy it has."""
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -11,8 +13,8 @@ from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
 from fedcore.errors import AllNodesFailed, NothingCanHappen
 from fedcore.hub import Hub
-from fedcore.payload import CONFIG, INFO
-from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Task
+from fedcore.payload import CONFIG, INFO, wire_bytes
+from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
 
 logger = logging.getLogger("fedcore")
 
@@ -26,6 +28,15 @@ class Saveable(Protocol):
     def state_dict(self) -> Mapping[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def facts_of(content: RecordDict) -> dict[str, Any]:
+    """Return what a node's answer to a query says of it."""
+    facts: dict[str, Any] = {}
+    for name, record in content.items():
+        if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
+            facts.update(record.items())
+    return facts
 
 
 class Session:
@@ -96,26 +107,34 @@ class Session:
             if content is None:
                 asked.append(self._query(node))
             else:
+                self.hub.totals["bytes_up"] += wire_bytes(content)    # as the answer that it stands for
                 self._admit(node, content)
-        replies = self.hub.collect(asked, deadline_s=self.hub.options.ready_timeout_s, min_replies=0)
-        for answer in replies.arrived:
-            self._admit(answer.node, answer.content)
-        for failure in replies.missing:
-            if failure.code != NODE_GONE:
-                self._admit(failure.node)
+        ready_s = self.hub.options.ready_timeout_s
+        replies = self.hub.collect(asked, deadline_s=math.inf if ready_s is None else ready_s, min_replies=0)
+        here = set(self.hub.grid.get_node_ids()) if asked else set()    # some may have left meanwhile
+        contents = {answer.node: answer.content for answer in replies.arrived}
+        contents |= {failure.node: RecordDict() for failure in replies.missing}
+        # Those that say which partition they hold come first; the others take what is left.
+        for node in sorted(contents, key=lambda node: "partition-id" not in facts_of(contents[node])):
+            if node.id in here:
+                self._admit(node, contents[node])
 
-    def admit_waiting(self) -> None:
-        """Admit the nodes that came while a round was going on; wait for one when none is left."""
+    def admit_waiting(self, introduce: bool = True) -> None:
+        """Admit the nodes that came while a round was going on; wait for one when none is left.
+
+        Args:
+            introduce: as for `open`.
+        """
         hub = self.hub
         while True:
-            if waiting := hub.pop_waiting():
-                nodes = [self._stranger(node_id, index) for index, node_id in enumerate(waiting)]
-                replies = hub.collect([self._query(node) for node in nodes])
+            waiting = [self._stranger(node_id, index) for index, node_id in enumerate(hub.pop_waiting())]
+            if introduce or not hasattr(hub.grid, "partition_of"):
+                replies = hub.collect([self._query(node) for node in waiting]) if waiting else Replies([], [])
                 for answer in replies.arrived:
                     self._report_join(self._admit(answer.node, answer.content))
-                for failure in replies.missing:
-                    if failure.code != NODE_GONE:
-                        self._report_join(self._admit(failure.node))
+                waiting = [failure.node for failure in replies.missing if failure.code != NODE_GONE]
+            for node in waiting:
+                self._report_join(self._admit(node))
             if hub.nodes:
                 return
             outcome = hub.next_outcome(None)
@@ -131,10 +150,11 @@ class Session:
 
     def _admit(self, node: Node, content: RecordDict | None = None) -> Node | None:
         """Make a node of what it answered to the query; one that does not know the query is admitted all the same."""
-        facts: dict[str, Any] = {}
-        for name, record in ({} if content is None else content).items():
-            if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
-                facts.update(record.items())
+        if node.id in self.hub.node_ids:
+            return None    # it was asked twice
+        if self.hub.node_of(node.partition) is not None:
+            node = replace(node, partition=self._free_partition())    # somebody else was found to hold it
+        facts = facts_of(content or RecordDict())
         kinds = str(facts.get("kinds", ""))
         partition, examples = facts.get("partition-id", node.partition), facts.get("num-examples", 1)
         if not isinstance(partition, int) or not isinstance(examples, int) or examples < 1:
@@ -154,11 +174,13 @@ class Session:
         A join is reported once the node has said who it is, as an `Event` of kind `join`.
         """
         hub = self.hub
+        for node_id in hub.pop_waiting():    # they came before the first event
+            self._query(self._stranger(node_id))
         while True:
             outcome = hub.next_outcome(until())
             if isinstance(outcome, Event) and outcome.kind == "join":
-                assert outcome.node_id is not None
-                self._query(self._stranger(outcome.node_id))
+                if outcome.node_id is not None and outcome.node_id not in hub.node_ids:
+                    self._query(self._stranger(outcome.node_id))
             elif not isinstance(outcome, Event) and outcome.action.startswith(MessageType.QUERY):
                 if isinstance(outcome, Failure) and outcome.code == NODE_GONE:
                     continue
@@ -238,14 +260,15 @@ class Session:
             self.save()
         hub.closing = True
         hub.drop_polls()
-        on_stop()
         hub.cancel_all()
+        on_stop()
         stopped_at = hub.now
         hub.evaluate()
         try:
             hub.finish_polls(LAST_EVALUATION_S)
         except (NothingCanHappen, AllNodesFailed):
             logger.warning("The last evaluation at the clients could not be completed.")
+        hub.cancel_all()
         # The run's time is what training took; looking at the result afterwards does not count.
         hub.end_clock(stopped_at)
         hub.recorder.metric(hub.now, "stop", version=hub.version, reason=hub.stop_reason, **hub.totals)

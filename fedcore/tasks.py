@@ -1,7 +1,7 @@
 """Nodes, the work they are given, and what comes back, as strategies see them."""
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -24,6 +24,7 @@ ERROR_WORDS = {
     8: "crashed",
 }
 REFUSED = -1    # our own code: the reply came, but must not touch the model
+LONGEST_SHOWN = 8000    # characters of what a node wrote
 NODE_GONE = 5   # also when a grid refuses a message: the node is not there
 
 
@@ -58,9 +59,12 @@ class Task:
     bytes_down: int = 0
     wanted: str = ""             # `update` or `model`, where the hub asked for it
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
+    for_poll: bool = False       # an evaluation that the hub itself asked for
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more
+    ended: bool = False          # its row is in the timeline
     answered_at: float | None = None
+    bytes_up: int = 0
 
 
 @dataclass(eq=False)
@@ -157,6 +161,7 @@ class Answer:
     elapsed_s: float = 0.0
     bytes_up: int = 0
     action: str = MessageType.TRAIN
+    task: Task | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -169,26 +174,40 @@ class Replies:
 
 def as_plain(item: Any) -> dict[str, Any]:
     """Return a dataclass's fields by name, without descending into them."""
-    return {entry.name: getattr(item, entry.name) for entry in fields(item)}
+    return {name: getattr(item, name) for name in type(item).__dataclass_fields__}
 
 
 def printable(text: str) -> str:
-    """Escape what a node wrote before it reaches a terminal or a log."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text[:8000])
+    """Escape what a node wrote before it reaches a terminal or a log; of a long text, its beginning and its end."""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[:LONGEST_SHOWN // 4]}\n...\n{text[-3 * LONGEST_SHOWN // 4:]}"
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 # Errors that a person has to look into; a node that dies or goes offline is part of life, and counted.
 USERS_CODE = (1, 2, 6)
 
 
+MOST_NAMED = 4    # nodes that are named one by one when they fail in the same way
+
+
 class ShowOnce:
-    """Logs each node's exception once, with its traceback; repetitions are only counted."""
+    """Logs an exception of clients' code once with its traceback; other nodes with the same one get a line each."""
 
     def __init__(self) -> None:
-        self._seen: set[tuple[int, str]] = set()
+        self._nodes: dict[str, set[int]] = {}    # by the traceback's last line: who had it
 
     def __call__(self, failure: Failure) -> None:
+        if failure.code not in USERS_CODE:
+            return
         last_line = failure.reason.rstrip().rsplit("\n", 1)[-1]
-        if failure.code in USERS_CODE and (failure.node.partition, last_line) not in self._seen:
-            self._seen.add((failure.node.partition, last_line))
+        nodes = self._nodes.setdefault(last_line, set())
+        if failure.node.partition in nodes:
+            return
+        nodes.add(failure.node.partition)
+        if len(nodes) == 1:
             logger.error("%s", printable(failure.reason))
+        elif len(nodes) <= MOST_NAMED:
+            logger.error("Node %d failed in the same way: %s", failure.node.partition, printable(last_line))
+        elif len(nodes) == MOST_NAMED + 1:
+            logger.error("More nodes fail in the same way; metrics.jsonl names each of them.")

@@ -20,12 +20,12 @@ class EventHeap:
     """Future events, ordered by time, then priority, then tie, then the order in which they were pushed."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, int, int, Entry]] = []
+        self._heap: list[tuple[float, int, Any, int, Entry]] = []
         self._pushed = 0
         self._cancelled = 0
 
-    def push(self, at: float, priority: int, tie: int, item: Any) -> Entry:
-        """Plan an event; the entry serves to cancel it."""
+    def push(self, at: float, priority: int, tie: Any, item: Any) -> Entry:
+        """Plan an event; the entry serves to cancel it. Ties are compared with each other, so all of one type."""
         entry = Entry(at, item)
         heapq.heappush(self._heap, (at, priority, tie, self._pushed, entry))
         self._pushed += 1

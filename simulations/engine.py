@@ -185,7 +185,7 @@ class Engine:
             self._upload(task, uploads_at)
         else:    # the server's link is shared in the order in which uploads begin
             task.stage = "uploading"
-            task.entry = self.heap.push(uploads_at, UPLOAD, task.partition, task)
+            task.entry = self.heap.push(uploads_at, UPLOAD, task.rank, task)
 
     def _upload(self, task: SimTask, at: float) -> None:
         task.upload_s = self.link.upload_seconds(task, at, task.upload_bytes)
@@ -193,12 +193,12 @@ class Engine:
 
     def _arrive_at(self, task: SimTask, at: float) -> None:
         task.stage, task.arrives_at = "arriving", at
-        task.entry = self.heap.push(at, REPLY, task.partition, task)
+        task.entry = self.heap.push(at, REPLY, task.rank, task)
         if task.expiry is None and (task.fate == "reply_lost" or at > task.expires_at):
             self._expire_later(task)
 
     def _expire_later(self, task: SimTask) -> None:
-        task.expiry = self.heap.push(task.expires_at, FAILURE, task.partition, Expiry(task))
+        task.expiry = self.heap.push(task.expires_at, FAILURE, task.rank, Expiry(task))
 
     # ---- what becomes of a task -----------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Engine:
         outcome = self.labour.result(task)
         if isinstance(outcome, Error) and task.stage == "arriving":
             task.stage = "failing"    # at equal times failures come after replies
-            task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+            task.entry = self.heap.push(self.now, FAILURE, task.rank, task)
             return None
         self.labour.remember(task)
         self._free(task)
@@ -250,7 +250,8 @@ class Engine:
         if isinstance(outcome, RecordDict):
             set_train_seconds(outcome, task.compute_s)
         reply = reply_to(task.message, outcome)
-        self._times[task.id] = task.times()
+        expired = isinstance(outcome, Error) and outcome.code == NO_ANSWER
+        self._times[task.id] = None if expired else task.times()
         task.outcome = task.state_after = None
         return Event("reply", self.now, FIRST_NODE_ID + task.partition, reply)
 
@@ -260,8 +261,6 @@ class Engine:
             waited = f"{item.task.expires_at - item.task.pushed_at:g} s"
             return self._hand_over(item.task, Error(NO_ANSWER, f"no answer within {waited}"))
         node_id = FIRST_NODE_ID + item.partition
-        if item.leaving:
-            return Event("leave", self.now, node_id)
         self._plan_change(item.partition)
         if item.partition in self.offline:
             self.offline.discard(item.partition)
@@ -271,15 +270,14 @@ class Engine:
         for task in [] if lane is None else [lane.running, *lane.waiting]:
             if task is not None:
                 self._lose(task)
-        # The failures of its tasks come first, then the news that it left.
-        self.heap.push(self.now, MEMBERSHIP, item.partition, Coming(item.partition, leaving=True))
-        return None
+        # The news comes before the failures of its tasks: nobody gives work to a node that is gone.
+        return Event("leave", self.now, node_id)
 
     def _plan_change(self, partition: int) -> None:
         assert self.availability is not None
         at = self.availability.next_change(partition, self.now)
         if at != float("inf"):
-            self.heap.push(at, MEMBERSHIP, partition, Coming(partition))
+            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition))
 
     def _lose(self, task: SimTask) -> None:
         """Lose a task with the node that held it."""
@@ -288,7 +286,7 @@ class Engine:
         if task.stage == "unsettled":
             self._unsettled.remove(task)
         task.fate, task.stage, task.arrives_at, task.future = "gone", "failing", self.now, None
-        task.entry = self.heap.push(self.now, FAILURE, task.partition, task)
+        task.entry = self.heap.push(self.now, FAILURE, task.rank, task)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -299,7 +297,7 @@ class Engine:
             held.update({task.id: task for task in [lane.running, *lane.waiting] if task is not None})
         lanes = {partition: [task.id for task in (lane.running, *lane.waiting) if task is not None]
                  for partition, lane in self._lanes.items()}
-        moments = [[at, item.partition, item.leaving] for at, item in self.heap.items() if isinstance(item, Coming)]
+        moments = [[at, item.partition] for at, item in self.heap.items() if isinstance(item, Coming)]
         return {
             "now": self.now, "next_id": self._next_id, "counts": self._counts,
             "states": self.labour.states,
@@ -314,8 +312,8 @@ class Engine:
         self.labour.states, self.link.free_at = state["states"], state["link_free"]
         self.offline, self.forgotten = set(state["offline"]), set(state["forgotten"])
         self.heap = EventHeap()
-        for at, partition, leaving in state["moments"]:
-            self.heap.push(at, MEMBERSHIP, partition, Coming(partition, leaving))
+        for at, partition in state["moments"]:
+            self.heap.push(at, MEMBERSHIP, (partition, 0), Coming(partition))
         held = {fields["id"]: SimTask.from_state(fields) for fields in state["tasks"]}
         self.tasks = {name: held[name] for name in state["awaited"]}
         self._lanes = {}
@@ -332,10 +330,10 @@ class Engine:
         if task.stage == "unsettled":
             self._unsettled.append(task)
         elif task.stage == "uploading":
-            task.entry = self.heap.push(task.started_at + task.compute_s, UPLOAD, task.partition, task)
+            task.entry = self.heap.push(task.started_at + task.compute_s, UPLOAD, task.rank, task)
         elif task.stage in ("arriving", "failing"):
             assert task.arrives_at is not None
             priority = REPLY if task.stage == "arriving" else FAILURE
-            task.entry = self.heap.push(task.arrives_at, priority, task.partition, task)
+            task.entry = self.heap.push(task.arrives_at, priority, task.rank, task)
         if task.stage in ("uploading", "arriving") and task.fate in ("ok", "reply_lost"):
             self.labour.begin(task)

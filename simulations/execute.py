@@ -1,8 +1,7 @@
 """Running a client's code on one message, here or in a worker process."""
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,8 +14,7 @@ LOAD_FAILED, APP_RAISED, NO_ANSWER, GONE, CRASHED = 1, 2, 3, 5, 8
 AppFactory = Callable[[], ClientApp]
 
 
-@dataclass(frozen=True)
-class NodeInfo:
+class NodeInfo(NamedTuple):
     """Who executes: what a client's `Context` says about its node and its run."""
 
     node_id: int
@@ -43,7 +41,7 @@ def execute(
     """
     context = info.context(clone_content(state))
     try:
-        reply = app(message, context)
+        reply: object = app(message, context)
     except (Exception, SystemExit):  # a stranger's code may raise anything; Flower makes it an error reply, so do we
         return Error(APP_RAISED, traceback.format_exc()), state
     if not isinstance(reply, Message):

@@ -1,11 +1,11 @@
 """A federation in one process and in virtual time, behind Flower's `Grid`."""
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
-from flwr.app.metadata import Metadata
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -58,6 +58,8 @@ class VirtualGrid(Grid):
         self.engine = Engine(app, num_nodes, seed, devices, network, availability, failures, workers, run_config)
         self._run = empty_run()
         self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
+        self._heard = False                     # somebody listens to events, and must not miss any
+        self._news: deque[Event] = deque()
         # Questions for the nodes since anything was sent, those since the clock moved for them, and how often it did.
         self._polls = self._quick_polls = self._waits = 0
         self._last_poll = 0.0
@@ -111,9 +113,12 @@ class VirtualGrid(Grid):
                 f"The app keeps waiting for more nodes than the {self.num_nodes - len(self.engine.offline)} that are "
                 f"online (of {self.num_nodes}). Simulate more nodes, or ask for fewer (min_available_nodes)."
             )
-        if can_change and (event := self.next_event(None)) is not None:
+        if can_change and (event := self.engine.next_event(None)) is not None:
             self._waits += 1
-            self._keep(event)
+            if self._heard:
+                self._news.append(event)
+            else:
+                self._keep(event)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:  # type: ignore[override]
         """Send messages; returns their ids in order, None for a node that is not there."""
@@ -130,11 +135,11 @@ class VirtualGrid(Grid):
         self._polls = self._quick_polls = self._waits = 0
         unknown = [self._no_reply(name) for name in wanted if name not in self.engine.tasks and name not in self._inbox]
         while any(name in self.engine.tasks for name in wanted) and not any(name in self._inbox for name in wanted):
-            event = self.next_event(None)
+            event = self.engine.next_event(None)
             if event is None:
                 break
             self._keep(event)
-            while (event := self.next_event(self.now)) is not None and event.kind != "time":
+            while (event := self.engine.next_event(self.now)) is not None and event.kind != "time":
                 self._keep(event)    # what comes at the same moment is there, too
         return unknown + [self._inbox.pop(name) for name in wanted if name in self._inbox]
 
@@ -145,7 +150,7 @@ class VirtualGrid(Grid):
         missing = set(sent)
         found: dict[str, Message] = {}
         while missing:
-            event = self.next_event(limit)
+            event = self.engine.next_event(limit)
             if event is None or event.kind == "time":
                 logger.warning("%d of %d replies had not arrived after %s virtual seconds.", len(missing), len(sent),
                                timeout)
@@ -177,11 +182,13 @@ class VirtualGrid(Grid):
 
     def start_clock(self) -> None:
         """Call the present moment zero; only while nothing is under way."""
+        self._heard = True
         self.engine.start_clock()
 
     def next_event(self, until: float | None) -> Event | None:
         """Move the clock to what happens next, at most to `until`; None when nothing can ever happen."""
-        return self.engine.next_event(until)
+        self._heard = True
+        return self._news.popleft() if self._news else self.engine.next_event(until)
 
     def task_times(self, message_id: str | None) -> dict[str, float] | None:
         """Return how long the parts of a task took, once, after its reply was handed out."""
@@ -195,11 +202,14 @@ class VirtualGrid(Grid):
         """Return the clock, the work under way and the clients' memory, for a checkpoint."""
         inbox = {name: reply.content for name, reply in self._inbox.items() if reply.has_content()}
         assert len(inbox) == len(self._inbox), "an app that pulls by itself cannot be saved"
-        return {"engine": self.engine.state_dict()}
+        # A reply among the news is one that nobody waits for any longer.
+        news = [[event.kind, event.at, event.node_id] for event in self._news if event.kind != "reply"]
+        return {"engine": self.engine.state_dict(), "news": news}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, on a grid made with the same arguments."""
         self.engine.load_state_dict(state["engine"])
+        self._news = deque(Event(*entry) for entry in state["news"])
 
     def _keep(self, event: Event) -> None:
         """Keep a reply that came while something else was waited for."""
@@ -209,4 +219,5 @@ class VirtualGrid(Grid):
 
     def _no_reply(self, name: str) -> Message:
         metadata = Metadata(1, "", 0, 1, name, "", time.time(), 1.0, "train")
-        return Message(Error(4, f"message {name} is unknown, or its reply was pulled before"), metadata=metadata)
+        error = Error(4, f"message {name} is unknown, or its reply was pulled before")
+        return Message(error, metadata=metadata)  # type: ignore[call-overload]    # Flower's own keyword

@@ -47,7 +47,7 @@ class Labour:
             return None
         context = self._info(task.partition).context(self.state_of(task.partition))
         try:
-            return estimator(task.message, context)  # type: ignore[no-any-return]
+            return estimator(task.message, context)
         except Exception:  # a stranger's code may raise anything; computing the task makes an error reply of it
             return None
 
@@ -56,7 +56,7 @@ class Labour:
         if (describe := getattr(self.app, "describe", None)) is None:
             return None
         try:
-            return describe(self._info(partition).context(RecordDict()))  # type: ignore[no-any-return]
+            return describe(self._info(partition).context(RecordDict()))
         except Exception:  # as above: asking the node makes an error reply of it
             return None
 

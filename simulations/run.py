@@ -16,11 +16,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
 from fedcore.checkpoint import Checkpoints
-from fedcore.clients.build import build_task, train_settings
+from fedcore.clients.build import build_client, build_task, train_settings
 from fedcore.clients.data import as_dataset
 from fedcore.clients.evaluation import server_evaluation
 from fedcore.clients.modules import initial_model
-from fedcore.clients.torch_client import torch_client
 from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput
 from fedcore.hub import Hub
@@ -61,7 +60,7 @@ class ExperimentApp:
     experiment: Experiment
 
     def __call__(self) -> ClientApp:
-        return torch_client(build_task(self.experiment), train_settings(self.experiment))
+        return build_client(self.experiment)
 
 
 def simulate(
@@ -186,7 +185,7 @@ class _Simulation:
     def __init__(self, settings: Experiment, folder: Path, workers: int, on_row: Listener | None):
         self.settings, self.folder, self.workers = settings, folder, workers
         self.task = build_task(settings)
-        self.app = torch_client(self.task, train_settings(settings))
+        self.app = build_client(settings, self.task)
         self.model = self._initial_model()
         self.strategy = driver(settings)
         listeners = tuple(listener for listener in (on_row, *settings.build_writers(folder)) if listener)
@@ -290,6 +289,8 @@ def driver(settings: Experiment) -> HubStrategy:
         # The experiment says who evaluates (`evaluate`); Flower's own federated evaluation runs only when asked for.
         if hasattr(inner, "fraction_evaluate") and "fraction_evaluate" not in given:
             inner.fraction_evaluate, inner.min_evaluate_nodes = 0.0, 0  # type: ignore[attr-defined]
+        if hasattr(inner, "train_loss_key") and "train_loss_key" not in given:
+            inner.train_loss_key = "loss"    # what our clients call it
         inner = getattr(inner, "strategy", None)
     return FlowerRounds(strategy)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
-from fedcore.flower import with_id
+from fedcore.flower import put, with_id
 from fedcore.simulations.clock import Entry
 
 SAVED = ("id", "partition", "pushed_at", "index", "expires_at", "download_s", "started_at", "compute_s", "upload_s",
@@ -38,6 +38,11 @@ class SimTask:
     future: Future[Any] | None = None
     entry: Entry | None = None
     expiry: Entry | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The task's place among those of one moment: by node, then in the order of sending."""
+        return self.partition, int(self.id)
 
     def times(self) -> dict[str, float] | None:
         """Return how long the task's parts took, seconds; None when it was lost with its message or its node."""
@@ -77,10 +82,9 @@ class Expiry:
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """The moment at which a node's availability changes; or, `leaving`, at which the server hears that it left."""
+    """The moment at which a node comes online, or goes offline."""
 
     partition: int
-    leaving: bool = False
 
 
 @dataclass(slots=True)
@@ -102,4 +106,4 @@ def set_train_seconds(content: RecordDict, seconds: float) -> None:
     """Say in a reply how long its training took in virtual time, where it says how long it took on this machine."""
     for record in content.values():
         if isinstance(record, MetricRecord) and "train-seconds" in record:
-            record["train-seconds"] = seconds
+            put(record, "train-seconds", seconds)

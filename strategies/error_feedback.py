@@ -186,11 +186,19 @@ class ErrorFeedback(RoundStrategy):
                     answer.content, codec, self._start_codec(codec), self.init == "full", hub.model.layout)
                 self._check_start(answer.node.partition, found)
             except MalformedReply as error:
-                hub.reject(answer, error.reason)
+                assert answer.task is not None
+                hub.refuse(answer.task, error.reason, answer.bytes_up)
                 continue
             sent[answer.node.partition] = self._contribution(answer.node.partition, found)
             self.used_rounds[answer.node.partition] = round_index
-            used.append(hub.accept(answer, found.values, found.metrics, found.buffers, local_steps=1))
+            reply = hub.restore_reply({
+                "partition": answer.node.partition, "task_id": answer.task_id, "base_version": hub.version,
+                "local_steps": 1, "num_examples": found.metrics["num-examples"], "elapsed_s": answer.elapsed_s,
+                "train_seconds": None, "metrics": found.metrics, "buffers": found.buffers, "values": found.values,
+                "kind": "update", "base": None,
+            })
+            hub.accept(answer, reply)
+            used.append(reply)
         if not used:
             hub.log(round=round_index + 1, failed_round=True, replies=0, asked=len(hub.nodes))
             hub.give_up_if_hopeless()

@@ -2,6 +2,7 @@
 
 Import it as `from tests.support import ...`; worker processes can import it too.
 """
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,11 @@ from fedcore.hub import Hub
 from fedcore.options import RunOptions
 from fedcore.payload import Estimate, VectorRecord, clone_content, read_arrays, wire_bytes
 from fedcore.recorder import Recorder
+from fedcore.rounds import in_model_dtypes
 from fedcore.seeds import torch_generator
 from fedcore.session import Session
+from fedcore.simulations.availability import Availability
+from fedcore.simulations.failures import Failures
 from fedcore.simulations.grid import VirtualGrid
 from fedcore.strategy import HubStrategy
 from fedcore.vectors import Layout, Model
@@ -96,7 +100,8 @@ class Toy:
             raise RuntimeError(f"partition {partition} is out of order")
         config = message.content["config"]
         steps, kind = int(config.get("local-steps", self.steps)), config.get("reply", "model")
-        params, buffers = read_arrays(message.content["arrays"], self.layout)
+        # As a module would: it loads arrays of any dtype.
+        params, buffers = read_arrays(in_model_dtypes(message.content["arrays"], self.layout), self.layout)
         draw = int(config.get("draw", int(config.get("server-round", 1)) - 1))
         generator = torch_generator(int(config.get("seed", context.run_config.get("seed", 0))), partition, "toy", draw)
         noise = 0.01 * torch.randn(params.shape, generator=generator, dtype=params.dtype)
@@ -157,6 +162,37 @@ class TableDevices:
 
     def compute_seconds(self, partition: int, task_index: int, work_steps: float | None) -> float:
         return 0.0 if work_steps == 0 else self.times_s[partition % len(self.times_s)]
+
+
+class Intervals(Availability):
+    """Nodes that are online in the intervals of a table; those that it does not mention always are."""
+
+    def __init__(self, table: Mapping[int, Sequence[tuple[float, float]]]):
+        self.table = table
+
+    def is_on(self, partition: int, at_s: float) -> bool:
+        return any(start <= at_s < end for start, end in self.table.get(partition, [(0.0, math.inf)]))
+
+    def next_change(self, partition: int, at_s: float) -> float:
+        moments = [moment for interval in self.table.get(partition, []) for moment in interval if moment > at_s]
+        return min(moments, default=math.inf)
+
+
+class Fates(Failures):
+    """What goes wrong, by (partition, index of the node's task)."""
+
+    def __init__(self, crashes: Mapping[tuple[int, int], float] | None = None,
+                 requests: Iterable[tuple[int, int]] = (), replies: Iterable[tuple[int, int]] = ()):
+        self.crashes, self.requests, self.replies = dict(crashes or {}), set(requests), set(replies)
+
+    def crash_point(self, partition: int, task_index: int) -> float | None:
+        return self.crashes.get((partition, task_index))
+
+    def loses_request(self, partition: int, task_index: int) -> bool:
+        return (partition, task_index) in self.requests
+
+    def loses_reply(self, partition: int, task_index: int) -> bool:
+        return (partition, task_index) in self.replies
 
 
 class Notes(Recorder):

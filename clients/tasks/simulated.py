@@ -12,7 +12,7 @@ from fedcore.clients.requests import Request
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site
 from fedcore.errors import InvalidSetting
-from fedcore.flower import record_of
+from fedcore.flower import record_of, reply_to
 from fedcore.payload import ARRAYS, INFO, METRICS, Estimate, VectorRecord, single_record, wire_bytes
 from fedcore.vectors import Model
 
@@ -87,7 +87,7 @@ class SimulatedClient:
         figures = (self.task.examples, self._steps(request), 0.0)
         metrics = record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True)))
         content = record_of(RecordDict, {ARRAYS: arrays, METRICS: metrics, **echo(request)})
-        return Message(content, reply_to=message)
+        return reply_to(message, content)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Reply with a loss of zero."""

@@ -163,7 +163,7 @@ def test_a_wrong_command_line_is_status_2_with_what_is_wrong(words, message, fed
 
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_resume_continues_to_the_same_bits(process, experiment, tmp_path):
-    settings = ["--set", "stop={rounds: 150}", "--set", "checkpoint.every_s=0.2"]
+    settings = ["--set", "stop={rounds: 100}", "--set", "checkpoint.every_s=0.1"]
     command = [sys.executable, "-m", "fedcore", "simulate", str(experiment), "--out", "stopped", *settings]
     child = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)

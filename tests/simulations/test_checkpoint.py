@@ -1,4 +1,4 @@
-"""A run that is broken off anywhere and resumed ends in the same bits, and writes the same rows, as one never stopped."""
+"""A run that is broken off anywhere and resumed ends in the same bits and the same rows as one never stopped."""
 import os
 import shutil
 
@@ -28,8 +28,8 @@ def world(rough):
     """Return a grid's settings: uneven devices and thin links; `rough` adds crashes, losses, absence."""
     settings = {
         "devices": Devices(Exponential(0.3), jitter=0.2, seed=SEED),
-        "network": Network(0.05, uplink_mbps=0.02, downlink_mbps=0.05, server_uplink_mbps=0.1, server_downlink_mbps=0.04,
-                           jitter=0.1, seed=SEED),
+        "network": Network(0.05, uplink_mbps=0.02, downlink_mbps=0.05, server_uplink_mbps=0.1,
+                           server_downlink_mbps=0.04, jitter=0.1, seed=SEED),
     }
     if rough:
         settings["availability"] = Markov(6.0, 2.0, seed=SEED)

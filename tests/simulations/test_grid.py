@@ -10,11 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedcore.clock import EventfulGrid
 from fedcore.errors import NothingCanHappen
-from fedcore.simulations.availability import Availability
-from fedcore.simulations.failures import Failures
 from fedcore.simulations.grid import VirtualGrid
 from fedcore.simulations.network import Network
-from tests.support import TableDevices, Toy, train_request, vector_model
+from tests.support import Fates, Intervals, TableDevices, Toy, train_request, vector_model
 
 MODEL = vector_model()
 TIMES = [1.0, 2.0, 3.0]
@@ -33,36 +31,6 @@ def answering(function):
     app = ClientApp()
     app.train()(lambda message, context: Message(function(message, context), reply_to=message))
     return app
-
-
-class Intervals(Availability):
-    """Nodes that are online in the intervals of a table."""
-
-    def __init__(self, table):
-        self.table = table
-
-    def is_on(self, partition, at_s):
-        return any(start <= at_s < end for start, end in self.table.get(partition, [(0, float("inf"))]))
-
-    def next_change(self, partition, at_s):
-        moments = [moment for interval in self.table.get(partition, []) for moment in interval if moment > at_s]
-        return min(moments, default=float("inf"))
-
-
-class Losses(Failures):
-    """Tasks of fate, by (partition, task index)."""
-
-    def __init__(self, crashes=None, requests=(), replies=()):
-        self.crashes, self.requests, self.replies = crashes or {}, set(requests), set(replies)
-
-    def crash_point(self, partition, task_index):
-        return self.crashes.get((partition, task_index))
-
-    def loses_request(self, partition, task_index):
-        return (partition, task_index) in self.requests
-
-    def loses_reply(self, partition, task_index):
-        return (partition, task_index) in self.replies
 
 
 # ---- messages out, replies in ---------------------------------------------------------------------------------------
@@ -258,13 +226,13 @@ def test_a_client_may_empty_its_state():
 
 
 def test_a_crashed_device_forgets_the_task_it_was_doing():
-    grid = make(app=answering(counting), failures=Losses(crashes={(0, 1): 0.5}))
+    grid = make(app=answering(counting), failures=Fates(crashes={(0, 1): 0.5}))
     assert [count_on(grid), count_on(grid), count_on(grid)] == [(1, [1]), None, (2, [1, 2])]
     assert grid.now == 2.5
 
 
 def test_a_lost_reply_does_not_undo_the_work():
-    grid = make(app=answering(counting), failures=Losses(replies={(0, 0)}))
+    grid = make(app=answering(counting), failures=Fates(replies={(0, 0)}))
     assert [count_on(grid, ttl=9.0), count_on(grid)] == [None, (2, [1, 2])]
 
 
@@ -322,7 +290,7 @@ def test_an_estimate_that_raises_is_an_error_of_the_client_and_not_of_the_run():
 
 
 def test_a_crashed_device_is_an_error_when_it_crashes():
-    code, now, _ = outcome(failures=Losses(crashes={(0, 0): 0.25}))
+    code, now, _ = outcome(failures=Fates(crashes={(0, 0): 0.25}))
     assert (code, now) == (8, 0.25)
 
 
@@ -331,7 +299,7 @@ def test_a_node_that_goes_offline_takes_its_work_with_it():
     assert (code, now) == (5, 0.5)
 
 
-@pytest.mark.parametrize("failures", [Losses(requests={(0, 0)}), Losses(replies={(0, 0)})])
+@pytest.mark.parametrize("failures", [Fates(requests={(0, 0)}), Fates(replies={(0, 0)})])
 def test_a_lost_message_expires_with_its_time_to_live(failures):
     code, now, reply = outcome(ttl=7.5, failures=failures)
     assert (code, now) == (3, 7.5) and "7.5 s" in reply.error.reason
@@ -370,7 +338,7 @@ def test_a_task_that_expires_in_its_nodes_queue_is_never_begun():
 
 
 def test_all_losses_together_end_in_errors_and_never_in_a_hang():
-    failures = Losses(crashes={(0, 0): 0.1}, requests={(1, 0)}, replies={(2, 0)})
+    failures = Fates(crashes={(0, 0): 0.1}, requests={(1, 0)}, replies={(2, 0)})
     replies = make(failures=failures).send_and_receive([train_request(MODEL, 1000 + n, ttl=50.0) for n in range(3)])
     assert [reply.error.code for reply in replies] == [8, 3, 3]
 
