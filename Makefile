@@ -75,6 +75,10 @@ test-fast: $(VENV)/.requirements-dev ## the tests that take under 5 s each
 bench-sim: $(VENV)/.requirements-dev $(VENV)/.package ## time the simulator beside Flower on Ray and a bare torch loop
 	@$(BIN)/python benchmarks/bench_sim.py
 
+.PHONY: bench-compress
+bench-compress: $(VENV)/.requirements-dev $(VENV)/.package ## time compressors beside torch.topk and a memory copy
+	@$(BIN)/python benchmarks/bench_compress.py
+
 .PHONY: clean
 clean: ## remove the environment, caches and build outputs (not runs/)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

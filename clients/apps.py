@@ -9,6 +9,7 @@ from flwr.clientapp.typing import Mod
 
 from fedcore.clients.data import batches_per_pass
 from fedcore.clients.requests import KINDS, Request
+from fedcore.feedback import ACTION
 from fedcore.flower import record_of
 from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
 
@@ -49,6 +50,8 @@ class EstimatingApp(ClientApp):
         # Flower's mods are about training: its clipping mods fail on a message that brings no model back.
         self.evaluate()(client.evaluate)
         self.query()(client.query)
+        if (gradient := getattr(client, "gradient", None)) is not None:
+            self.train(ACTION, mods=list(mods or []))(gradient)
 
 
 def echo(request: Request) -> dict[str, ConfigRecord]:

@@ -3,13 +3,14 @@ import threading
 import time
 from collections.abc import Sequence
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, echo_bytes, evaluation_steps
 from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
+from fedcore.clients.gradient import GradientRequest, answer, stochastic_gradient
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
 from fedcore.clients.requests import Request, site_of
@@ -18,8 +19,9 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
+from fedcore.feedback import BEGINS, BUFFERS, contribution_arrays
 from fedcore.flower import record_of, reply_to
-from fedcore.payload import ARRAYS, INFO, METRICS, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
+from fedcore.payload import ARRAYS, INFO, METRICS, REPLY, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
 
@@ -93,6 +95,33 @@ class TorchClient:
             METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
             **echo(request),
         })
+        return reply_to(message, content)
+
+    def gradient(self, message: Message, context: Context) -> Message:
+        """Reply with one stochastic gradient at the received model, compressed as the request says.
+
+        Raises:
+            EmptyClient, MalformedRequest: as for `train`.
+            NotFinite: the gradient cannot be compressed.
+        """
+        started = time.perf_counter()
+        request, asked, flat = Request.of(message, context), GradientRequest.of(message), self.flat
+        self._load(message)
+        data = self._training_data(request.site)
+        flat.module.train()
+        with seeded_torch(derive_seed(request.seed, request.partition, "torch", request.draw), self.device):
+            order = torch_generator(request.seed, request.partition, "train", request.draw)
+            values, loss = stochastic_gradient(
+                self.task, flat, data, self.settings.batch_size, self.settings.clip_norm, order)
+        answered = answer(asked, request, values, flat.layout, context)
+        figures = (len(data), 1, time.perf_counter() - started, loss)
+        content = RecordDict({
+            ARRAYS: contribution_arrays(answered.payload, answered.start),
+            METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
+            REPLY: ConfigRecord({BEGINS: answered.begins}),
+        })
+        if flat.layout.buffers:
+            content[BUFFERS] = ArrayRecord({name: Array(value.numpy()) for name, value in flat.buffers().items()})
         return reply_to(message, content)
 
     def evaluate(self, message: Message, context: Context) -> Message:

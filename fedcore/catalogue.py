@@ -22,6 +22,7 @@ class Entry(NamedTuple):
 
 
 _FLOWER = "flwr.serverapp.strategy"
+_FEEDBACK = "fedcore.strategies.error_feedback"
 _FLOWER_KIND = "rounds, from Flower"
 _DP = f"{_FLOWER}:DifferentialPrivacy"
 
@@ -30,6 +31,12 @@ STRATEGIES = {
     "fedfix": Entry("fedcore.strategies.fedfix:FedFix", "events", "Fraboni et al., 2023, JMLR 24:110"),
     "fedasync": Entry("fedcore.strategies.fedasync:FedAsync", "events", "Xie et al., 2019, arXiv:1903.03934"),
     "fedbuff": Entry("fedcore.strategies.fedbuff:FedBuff", "events", "Nguyen et al., 2022, arXiv:2106.06639"),
+    "econtrol": Entry("fedcore.strategies.econtrol:EControl", "rounds", "Gao et al., 2024, arXiv:2311.05645"),
+    "ef21": Entry(f"{_FEEDBACK}:Ef21", "rounds", "Richtarik et al., 2021, arXiv:2106.05203"),
+    "ef21_sgdm": Entry(f"{_FEEDBACK}:Ef21Sgdm", "rounds", "Fatkhullin et al., 2023, arXiv:2305.15155"),
+    "ef14": Entry(f"{_FEEDBACK}:Ef14", "rounds", "Stich et al., 2018, arXiv:1809.07599"),
+    "compressed_sgd": Entry(f"{_FEEDBACK}:CompressedSgd", "rounds", "Alistarh et al., 2017, arXiv:1610.02132"),
+    "distributed_sgd": Entry(f"{_FEEDBACK}:DistributedSgd", "rounds", "Chen et al., 2016, arXiv:1604.00981"),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",
@@ -98,6 +105,7 @@ STRATEGIES = {
 
 _TASKS, _PARTITIONS, _MODELS = "fedcore.clients.tasks", "fedcore.clients.partitions", "fedcore.clients.models"
 _DISTRIBUTIONS, _AVAILABILITY = "fedcore.simulations.distributions", "fedcore.simulations.availability"
+_COMPRESSION = "fedcore.compression"
 _SCHEDULES, _TORCH_SCHEDULES = "fedcore.clients.schedules", "torch.optim.lr_scheduler"
 
 CATALOGUE: dict[str, dict[str, Entry]] = {
@@ -167,7 +175,15 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
         "markov": Entry(f"{_AVAILABILITY}:Markov"),
         "trace": Entry(f"{_AVAILABILITY}:Trace"),
     },
-    "compressors": {},
+    "compressors": {
+        "identity": Entry(f"{_COMPRESSION}.dense:Identity"),
+        "top_k": Entry(f"{_COMPRESSION}.sparse:TopK"),
+        "rand_k": Entry(f"{_COMPRESSION}.sparse:RandK"),
+        "sign": Entry(f"{_COMPRESSION}.quantised:Sign"),
+        "qsgd": Entry(f"{_COMPRESSION}.quantised:Qsgd"),
+        "natural": Entry(f"{_COMPRESSION}.quantised:Natural"),
+        "power_sgd": Entry(f"{_COMPRESSION}.dense:PowerSgd"),
+    },
     "graphs": {},
 }
 
@@ -212,4 +228,5 @@ SIMULATION_TRIALS = {
 # What a plug-in of each kind has to be, where that can be said in one class.
 EXPECTED = {
     "strategies": ("flwr.serverapp.strategy:Strategy", "a Flower Strategy"),
+    "compressors": ("fedcore.compression.base:Compressor", "a Compressor"),
 }

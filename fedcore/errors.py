@@ -110,6 +110,14 @@ class MalformedReply(FedcoreError):
         self.reason = reason
 
 
+class MalformedPayload(MalformedReply):
+    """A compressed vector that no sender of ours can have written."""
+
+
+class NotFinite(FedcoreError):
+    """A vector with NaN or infinite values, which cannot be compressed."""
+
+
 class EmptyRound(FedcoreError):
     """A round in which no client carries weight."""
 

@@ -275,12 +275,17 @@ class Hub(Exchange):
             train_seconds=None if found.train_seconds is None else min(found.train_seconds, elapsed),
             values=found.values, kind=found.kind, base=task.base, _version_now=self._version_now,
         )
-        self.failures_in_a_row.pop(task.node.partition, None)
+        self.accept(answer, reply)
+        return reply
+
+    def accept(self, answer: Answer, reply: Reply) -> None:
+        """Count an answer that is used as `reply`."""
+        assert answer.task is not None
+        self.failures_in_a_row.pop(answer.node.partition, None)
         self.barren = 0
         self.totals["client_updates"] += 1
         self.totals["client_steps"] += reply.local_steps
-        self._end(task, "ok", answer.bytes_up, reply.local_steps)
-        return reply
+        self._end(answer.task, "ok", answer.bytes_up, reply.local_steps)
 
     def read_figures(self, answer: Answer) -> dict[str, float] | None:
         """Validate an evaluation; a malformed one is refused, and None is returned."""

@@ -154,12 +154,13 @@ def read_arrays(record: ArrayRecord, layout: Layout) -> tuple[Tensor, dict[str, 
     check_names(record, layout.order)
     params = np.empty(layout.num_params, dtype=layout.params[0].dtype)
     for spec, start, end in layout.slices:
-        params[start:end] = _checked(record[spec.name], spec).reshape(-1)
-    buffers = {spec.name: torch.from_numpy(_checked(record[spec.name], spec).copy()) for spec in layout.buffers}
+        params[start:end] = read_array(record[spec.name], spec).reshape(-1)
+    buffers = {spec.name: torch.from_numpy(read_array(record[spec.name], spec).copy()) for spec in layout.buffers}
     return torch.from_numpy(params), buffers
 
 
-def _checked(array: Array, spec: TensorSpec) -> np.ndarray:
+def read_array(array: Array, spec: TensorSpec) -> np.ndarray:
+    """Return an array's values, not to be written to, or raise `MalformedReply` when it is not as described."""
     if tuple(array.shape) != spec.shape or array.dtype != spec.dtype:
         raise MalformedReply(mismatch(spec, tuple(array.shape), str(array.dtype)[:40]))
     values = array_view(array)

@@ -5,6 +5,7 @@ not at all, or not finite never changes the model.
 """
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, MetricRecord
@@ -15,6 +16,7 @@ from fedcore.checkpoint import Checkpoints
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.torch_client import torch_client
 from fedcore.clock import Event
+from fedcore.feedback import ACTION
 from fedcore.hub import Hub
 from fedcore.payload import ARRAYS, METRICS
 from fedcore.registry import build, names
@@ -146,6 +148,7 @@ def modified(inner, mods):
     """Return a client app that applies mods to training."""
     app = ClientApp()
     app.train(mods=mods)(lambda message, context: inner(message, context))
+    app.train(ACTION, mods=mods)(lambda message, context: inner(message, context))
     app.evaluate()(lambda message, context: inner(message, context))
     app.query()(lambda message, context: inner(message, context))
     return app
@@ -164,9 +167,20 @@ def spoiling(fault):
 
 
 def spoil_one_value(reply, value):
+    if "params" not in reply.content[ARRAYS]:
+        spoil_payload(reply, value)
+        return
     values = reply.content[ARRAYS]["params"].numpy()
     values[1] = value
     reply.content[ARRAYS]["params"] = Array(values)
+
+
+def spoil_payload(reply, value):
+    """Spoil the last value of every compressed vector in a reply."""
+    for name, array in list(reply.content[ARRAYS].items()):
+        payload = array.numpy()
+        payload[-4:] = np.frombuffer(np.float32(value).tobytes(), np.uint8)
+        reply.content[ARRAYS][name] = Array(payload)
 
 
 def not_a_number(reply):

@@ -1,0 +1,183 @@
+"""The client's side of the gradient methods: one stochastic gradient, compressed, and what is remembered of it.
+
+The memory lives in `context.state`, as it was before the last round and as it is after it. The server says which of its
+rounds it used last: a round whose answer was lost is forgotten, and a request that comes twice is answered twice with
+the same bytes, because everything follows from the request and the memory before.
+"""
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from torch import Tensor
+
+from fedcore.arrays import LazyArray
+from fedcore.clients.data import Dataset, shuffled_batches
+from fedcore.clients.requests import Request
+from fedcore.clients.task import Task
+from fedcore.clients.training import clip, trainable
+from fedcore.compression.base import Codec
+from fedcore.errors import BadInput, MalformedRequest
+from fedcore.payload import CONFIG
+from fedcore.seeds import torch_generator
+from fedcore.strategies.error_feedback import INITS, NEVER, Memory, Rule, registered_compressor, respond, start_codec
+from fedcore.vectors import FlatModule, Layout
+
+ROUNDS, BEFORE, AFTER = "fedcore.feedback", "fedcore.feedback.before", "fedcore.feedback.after"
+FIELDS = ("error", "estimate", "momentum")
+
+
+@dataclass(frozen=True)
+class GradientRequest:
+    """What a request for a compressed gradient asks beyond what every request does.
+
+    Attributes:
+        round: t, counted from zero.
+        after: the last round of this client's that the server used; `NEVER`: none.
+        init: of h_0.
+        compressor: its settings, as JSON.
+    """
+
+    rule: Rule
+    round: int
+    after: int
+    init: str
+    compressor: str
+
+    @classmethod
+    def of(cls, message: Message) -> "GradientRequest":
+        """Read a request.
+
+        Raises:
+            MalformedRequest: an entry is missing or has no meaning.
+        """
+        record = message.content.get(CONFIG)
+        config: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "round": int, "after": int, "init": str, "compressor": str, "estimates": bool,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(config.get(name), kind):
+                raise MalformedRequest(f"The request's {name} is {config.get(name)!r}, which is not usable.")
+        if config["init"] not in INITS:
+            raise MalformedRequest(f"The request's init is {config['init']!r}, but must be one of {', '.join(INITS)}.")
+        rule = Rule(_share(config, "feedback"), config["estimates"], _share(config, "gradient-weight"))
+        return cls(rule, config["round"], config["after"], config["init"], config["compressor"])
+
+
+def _share(config: Mapping[str, Any], name: str) -> float | None:
+    value = config.get(name)
+    if value is not None and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
+        raise MalformedRequest(f"The request's {name} is {value!r}, but must be a number from 0 to 1.")
+    return value
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one round made of a client: payloads, and whether it began anew."""
+
+    begins: bool
+    start: Tensor | None
+    payload: Tensor | None
+
+
+def answer(asked: GradientRequest, request: Request, gradient: Tensor, layout: Layout, context: Context) -> Answer:
+    """Return a client's answer to a request, and write its memory.
+
+    Args:
+        gradient: g, shape (d,).
+    """
+    codec = codec_for(asked.compressor, layout)
+    generator = torch_generator(request.seed, request.partition, "compress", request.draw)
+
+    def compress(vector: Tensor) -> tuple[Tensor, Tensor]:
+        payload = codec.encode(vector, generator)
+        return payload, codec.decode(payload)
+
+    memory, start = recall(context, asked.after), None
+    begins = memory is None
+    if memory is None:
+        estimate = torch.zeros_like(gradient) if asked.rule.estimates else None
+        starter = start_codec(codec, asked.init)
+        if estimate is not None and starter is not None:
+            start = starter.encode(gradient, generator)
+            estimate = starter.decode(start)
+        memory = Memory.at(asked.rule, gradient, estimate)
+    if start is not None and asked.init == "full":
+        # h_0 = g_0 is this round's gradient: D_0 = C(0) = 0 need not be sent, and changes nothing.
+        after, payload = memory, None
+    else:
+        after, payload = respond(asked.rule, memory, gradient, compress)
+    keep(context, None if begins else memory, asked.after, after, asked.round)
+    return Answer(begins, start, payload)
+
+
+@lru_cache(maxsize=16)
+def codec_for(compressor: str, layout: Layout) -> Codec:
+    """Return the codec that a request names, fitted to a model.
+
+    Raises:
+        MalformedRequest: it is none that this client knows.
+    """
+    try:
+        spec = json.loads(compressor)
+        if not isinstance(spec, dict):
+            raise MalformedRequest(f"The request's compressor is {compressor[:80]!r}, which has no name.")
+        built = registered_compressor(spec)
+    except (ValueError, BadInput) as error:
+        raise MalformedRequest(f"The request's compressor cannot be built: {error}") from error
+    return built.codec([spec.shape for spec in layout.params], layout.dtype)
+
+
+def recall(context: Context, after: int) -> Memory | None:
+    """Return what this client remembered after a round; None when it does not know that round, or never had one."""
+    rounds = context.state.get(ROUNDS)
+    if after == NEVER or not isinstance(rounds, ConfigRecord):
+        return None
+    for key in (AFTER, BEFORE):
+        record = context.state.get(key)
+        if rounds.get(key) == after and isinstance(record, ArrayRecord):
+            return Memory(**{name: torch.from_numpy(array.numpy()) for name, array in record.items()})
+    return None
+
+
+def keep(context: Context, before: Memory | None, before_round: int, after: Memory, after_round: int) -> None:
+    """Write what this client remembers, before and after a round."""
+    rounds = ConfigRecord({AFTER: after_round})
+    context.state[AFTER] = _record(after)
+    if before is None:
+        context.state.pop(BEFORE, None)
+    else:
+        rounds[BEFORE] = before_round
+        context.state[BEFORE] = _record(before)
+    context.state[ROUNDS] = rounds
+
+
+def _record(memory: Memory) -> ArrayRecord:
+    record = ArrayRecord()
+    for name in FIELDS:
+        if (values := getattr(memory, name)) is not None:
+            record[name] = LazyArray(values.numpy())
+    return record
+
+
+def stochastic_gradient(
+    task: Task, flat: FlatModule, data: Dataset, batch_size: int, clip_norm: float | None, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Return the gradient of a random batch at the loaded model, shape (d,) on the CPU, and the batch's mean loss.
+
+    Args:
+        data: at least one example; with no more than `batch_size` the gradient is exact.
+        clip_norm: largest l2 norm; None: no limit.
+        generator: of the batch.
+    """
+    parameters = trainable(flat)
+    inputs, targets = data.batch(next(shuffled_batches(len(data), batch_size, generator)))
+    loss = task.loss(flat.module, inputs, targets)
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    if clip_norm is not None:
+        clip(gradients, clip_norm)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients]).cpu(), loss.item()
