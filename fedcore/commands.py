@@ -121,7 +121,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("excess loss", metric_figure("excess_loss", excess)))
     for metric, value in (summary.get("target") or {}).items():
         rows.append((f"time to {goal_words(metric, value)}", seconds(summary.get("time_to_target_s"))))
-    troubles = {name: summary.get(name) for name in ("failures", "refused", "lost") if summary.get(name)}
+    troubles = {name: summary.get(name) for name in ("failures", "refused", "lost", "late") if summary.get(name)}
     if troubles:
         rows.append(("went wrong", ", ".join(f"{count(number)} {name}" for name, number in troubles.items())))
     return rows

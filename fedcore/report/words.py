@@ -17,7 +17,7 @@ from fedcore.runs import Row, Run, best_of, finite, name_of, target_of
 
 REAL_TIME_ENGINES = ("grpc", "superlink")
 COUNTED = {"time_s", "wall_s", "versions", "client_updates", "client_steps", "bytes_up", "bytes_down", "final_loss",
-           "final_accuracy", "best_accuracy", "time_to_target_s", "num_params", "failures", "refused", "lost",
+           "final_accuracy", "best_accuracy", "time_to_target_s", "num_params", "failures", "refused", "lost", "late",
            "evaluations", "seed", "peak_rss_mb", "rounds"}
 STOPPED = {"target": "The run stopped there.", "interrupted": "It was interrupted.",
            "error": "It ended with an error; the figures are those up to then."}
