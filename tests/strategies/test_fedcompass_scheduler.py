@@ -1,11 +1,7 @@
 """FedCompass's scheduler alone: the pure functions, driven by a few lines of virtual clock."""
-import heapq
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis.strategies import booleans, data, floats, integers, lists
 
 from fedcore.strategies.compass_scheduler import (
     SHORTEST_STEP_S,
@@ -13,7 +9,6 @@ from fedcore.strategies.compass_scheduler import (
     Client,
     Decision,
     Group,
-    Rules,
     Schedule,
     assign,
     create,
@@ -25,98 +20,7 @@ from fedcore.strategies.compass_scheduler import (
     start,
     strike_silent,
 )
-
-RULES = Rules(
-    min_local_steps=20, max_local_steps=100, latest_time_factor=1.5, speed_momentum=0.9, initial_steps=20
-)
-UPLOAD, DEADLINE = 0, 1    # at equal times uploads come first
-
-
-@dataclass
-class Federation:
-    """Clients of given speeds around a schedule; counts versions and follows every update to its application."""
-
-    rules: Rules
-    step_times: list[float]
-    link_s: float = 0.0
-    separate_links: bool = False
-    jitter: object = lambda client, index: 1.0    # noqa: E731
-    schedule: Schedule = field(default_factory=Schedule)
-    version: int = 0
-    now: float = 0.0
-    queue: list = field(default_factory=list)
-    tasks: dict = field(default_factory=dict)         # client -> (task, base version, sent at)
-    late: list = field(default_factory=list)          # B: (client, base version)
-    buffers: dict = field(default_factory=dict)       # B_g
-    applied: list = field(default_factory=list)       # one list of (client, staleness) per version
-    uploads: Counter = field(default_factory=Counter)
-    waiting_since: dict = field(default_factory=dict)
-    log: list = field(default_factory=list)
-    _sequence: int = 0
-
-    def begin(self):
-        for client in range(len(self.step_times)):
-            self.schedule, task = start(self.schedule, self.rules, client, self.now)
-            self.send(task)
-        return self
-
-    def send(self, task):
-        index = self.uploads[task.client]
-        duration = task.local_steps * self.step_times[task.client] * self.jitter(task.client, index) + self.link_s
-        self.tasks[task.client] = (task, self.version, self.now)
-        self.waiting_since.pop(task.client, None)
-        self.push(self.now + duration, UPLOAD, task.client)
-
-    def push(self, at, kind, number):
-        self._sequence += 1
-        heapq.heappush(self.queue, (at, kind, number, self._sequence))
-
-    def step(self):
-        """Handle the next event; returns what was decided."""
-        self.now, kind, number, _ = heapq.heappop(self.queue)
-        known = set(self.schedule.groups)
-        decision = self.upload(number) if kind == UPLOAD else self.deadline(number)
-        for group in sorted(set(self.schedule.groups) - known):
-            self.push(self.schedule.groups[group].latest_s, DEADLINE, group)
-        return decision
-
-    def upload(self, client):
-        task, base, sent = self.tasks.pop(client)
-        self.uploads[client] += 1
-        elapsed = self.now - sent
-        compute = elapsed - self.link_s if self.separate_links else None
-        self.schedule, decision = on_upload(
-            self.schedule, self.rules, client, self.now, elapsed, task.local_steps, compute
-        )
-        if decision.arrival is Arrival.FIRST:
-            self.apply([(client, base)])
-        elif decision.arrival is Arrival.LATE:
-            self.late.append((client, base))
-        else:
-            self.buffers.setdefault(decision.group, []).append((client, base))
-            self.waiting_since[client] = self.now
-        return self.act(decision)
-
-    def deadline(self, group):
-        self.schedule, decision = on_deadline(self.schedule, self.rules, group, self.now)
-        return self.act(decision)
-
-    def act(self, decision):
-        if decision.aggregate is not None:
-            used, self.late = self.late + self.buffers.pop(decision.aggregate), []
-            self.apply(used)
-        for task in decision.tasks:
-            self.send(task)
-            self.log.append((round(self.now, 6), task.client, task.local_steps, task.group))
-        return decision
-
-    def apply(self, used):
-        self.applied.append([(client, self.version - base) for client, base in used])
-        self.version += 1
-
-    def run(self, events):
-        for _ in range(events):
-            yield self.step()
+from tests.strategies.compass_clock import RULES, Federation
 
 
 def test_two_clients_follow_the_worked_example_exactly():
@@ -372,92 +276,6 @@ def test_estimating_link_times_predicts_arrivals_when_the_number_of_steps_change
             predicted = federation.schedule.clients[task.client].task_seconds(task.local_steps)
             errors.append(abs(predicted - (10.0 + task.local_steps * federation.step_times[task.client])))
     assert (max(errors) < 1e-9) if separate else (max(errors) > 10.0)
-
-
-speeds = lists(floats(0.01, 10.0), min_size=1, max_size=8)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    step_times=speeds, fewest=integers(1, 30), more=integers(0, 80), slack=floats(1.01, 3.0),
-    momentum=floats(0.05, 1.0), link_s=floats(0, 5.0), separate=booleans(), draws=data(),
-)
-def test_invariants_hold_at_every_event(step_times, fewest, more, slack, momentum, link_s, separate, draws):
-    """Steps within bounds, every upload applied once or buffered, one place per client, nobody waits too long."""
-    rules = Rules(fewest, fewest + more, slack, momentum, draws.draw(integers(fewest, fewest + more)))
-    clients = len(step_times)
-    delays = draws.draw(lists(floats(0.2, 5.0), min_size=1, max_size=17))
-    federation = Federation(
-        rules, step_times, link_s=link_s, separate_links=separate,
-        jitter=lambda client, index: delays[(client * 7 + index) % len(delays)],
-    ).begin()
-    for _ in federation.run(25 * clients):
-        for task, base, _ in federation.tasks.values():
-            assert rules.min_local_steps <= task.local_steps <= rules.max_local_steps
-            assert base <= federation.version
-        buffered = len(federation.late) + sum(map(len, federation.buffers.values()))
-        assert sum(federation.uploads.values()) == sum(map(len, federation.applied)) + buffered
-        assert federation.version == len(federation.applied)
-        assert all(staleness >= 0 for used in federation.applied for _, staleness in used)
-        check_places(federation)
-        for client, since in federation.waiting_since.items():
-            group = federation.schedule.groups[federation.schedule.clients[client].group]
-            assert since <= group.latest_s and federation.now <= group.latest_s
-    used_by = [Counter(client for client, _ in used) for used in federation.applied]
-    for used, counts in zip(federation.applied, used_by, strict=True):
-        if max(counts.values()) == 1:
-            assert sum((1 + staleness) ** -0.5 / clients for _, staleness in used) <= 1 + 1e-12
-
-
-def check_places(federation):
-    """Every client works or waits, and is expected or has arrived in at most one group: its own."""
-    places = Counter(
-        member for group in federation.schedule.groups.values() for member in (*group.expecting, *group.arrived)
-    )
-    assert all(count == 1 for count in places.values())
-    for client, record in federation.schedule.clients.items():
-        waits = any(client in group.arrived for group in federation.schedule.groups.values())
-        assert waits == (client in federation.waiting_since) == (client not in federation.tasks)
-        if places[client]:
-            assert client in (*(group := federation.schedule.groups[record.group]).expecting, *group.arrived)
-    for number, group in federation.schedule.groups.items():
-        assert group.expecting or group.arrived
-        assert len(federation.buffers.get(number, [])) == len(group.arrived)
-        assert not (group.closed and group.arrived)
-
-
-@settings(max_examples=60, deadline=None)
-@given(step_times=lists(floats(0.01, 10.0), min_size=2, max_size=6), draws=data())
-def test_invariants_hold_when_clients_fail_and_return(step_times, draws):
-    """Uploads of absent clients never come; those who wait are released all the same, and nothing is lost."""
-    federation = Federation(RULES, step_times).begin()
-    for _ in range(12 * len(step_times)):
-        if federation.tasks and draws.draw(integers(0, 4)) == 0:
-            client = draws.draw(integers(0, len(step_times) - 1))
-            lose(federation, client)
-        elif federation.queue:
-            federation.step()
-        buffered = len(federation.late) + sum(map(len, federation.buffers.values()))
-        assert sum(federation.uploads.values()) == sum(map(len, federation.applied)) + buffered
-        check_places(federation)
-
-
-def lose(federation, client):
-    """The client disappears, with its task or while it waits, and is back at once with a first task."""
-    federation.queue = [entry for entry in federation.queue if entry[1:3] != (UPLOAD, client)]
-    heapq.heapify(federation.queue)
-    federation.tasks.pop(client, None)
-    federation.waiting_since.pop(client, None)
-    known = set(federation.schedule.groups)
-    for number, updates in federation.buffers.items():
-        federation.late += [update for update in updates if update[0] == client]
-        federation.buffers[number] = [update for update in updates if update[0] != client]
-    federation.schedule, decision = on_absence(federation.schedule, RULES, client, federation.now)
-    federation.act(decision)
-    federation.schedule, task = start(federation.schedule, RULES, client, federation.now)
-    federation.send(task)
-    for group in sorted(set(federation.schedule.groups) - known):
-        federation.push(federation.schedule.groups[group].latest_s, DEADLINE, group)
 
 
 def test_assigning_puts_the_client_into_the_group_it_was_given():
