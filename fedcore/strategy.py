@@ -37,6 +37,10 @@ class HubStrategy(Strategy):
     def check_clients(self, count: int) -> None:
         """Raise `InvalidSetting` where the settings do not suit so many clients; asked before a run begins."""
 
+    def summary_figures(self) -> dict[str, float | int | str | None]:
+        """Return what the run's summary says of this method beyond what it says of every one, e.g. `epsilon`."""
+        return {}
+
     def summary(self) -> None:
         """Log the strategy's name."""
         logger.info("Strategy %s", type(self).__name__)

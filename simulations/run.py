@@ -273,7 +273,7 @@ class _Simulation:
             "final_loss": latest.pop("loss", None), "final_accuracy": latest.pop("accuracy", None),
             "best_accuracy": scores.best_accuracy, "time_to_target_s": scores.time_to_target_s,
             "target": dict(hub.options.stop.target) or None, "num_params": hub.model.layout.num_params, **hub.counts,
-            "peak_rss_mb": round(peak_rss_mb(), 1), **latest,
+            **self.strategy.summary_figures(), "peak_rss_mb": round(peak_rss_mb(), 1), **latest,
         }
         write_atomically(self.folder / SUMMARY_FILE, json.dumps(plain(summary), indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from fedcore.recorder import write_atomically
 from fedcore.report.charts import COLOURS, Line, Plot, line_chart
 from fedcore.report.facts import Facts, facts_of
 from fedcore.report.gantt import MOST_TASKS, Window, chart, chosen_nodes, legend_for
-from fedcore.report.page import AXES, Section, part, render
+from fedcore.report.page import AXES
 from fedcore.report.scales import (
     SECONDS,
     THIN,
@@ -32,6 +32,7 @@ from fedcore.report.scales import (
     percent,
     seconds,
 )
+from fedcore.report.section import Section, part, render
 from fedcore.report.words import clock_of, main_metric, plain_rows, title_of
 from fedcore.runs import Row, Run, best_of, finite, target_of
 

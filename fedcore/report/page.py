@@ -1,11 +1,10 @@
 """The report of one run: `report.html`, one file with everything inside."""
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedcore.measures import smaller_is_better
@@ -18,13 +17,13 @@ from fedcore.report.scales import (
     COUNT,
     NO_FIGURE,
     SECONDS,
-    figure,
     metric_figure,
     metric_kind,
     metric_words,
     percent,
     seconds,
 )
+from fedcore.report.section import Section, part, render
 from fedcore.report.words import (
     cards,
     clock_of,
@@ -37,7 +36,6 @@ from fedcore.report.words import (
 )
 from fedcore.runs import Row, Run, finite, target_of
 
-HERE = Path(__file__).parent
 MOST_ROWS = 40              # clients in a table; of more, those at both ends are shown
 MOST_LABELS = 120           # columns of the label heat map
 NUMBERED_LABELS = 14        # columns up to which the heat map shows its counts
@@ -47,18 +45,9 @@ MOST_EXTRA_CURVES = 12
 EVALUATION_KEYS = {"time_s", "wall_s", "version", "where", "event", "client_updates", "client_steps", "bytes_up",
                    "bytes_down", "num_examples", "num-examples"}
 UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group"}
+# What only some methods have to show; each returns None for the runs of others.
+EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = ()
 AXES = (("client_updates", "client updates", COUNT), ("bytes", "bytes, up and down", BYTES))
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a page; `missing` says why there is nothing to show."""
-
-    key: str
-    title: str
-    body: Markup = Markup()
-    intro: str = ""
-    missing: str = ""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -84,31 +73,12 @@ def report_html(run: Run) -> str:
     """Return the whole report as one HTML document."""
     facts = facts_of(run)
     strategy, task = title_of(run)
-    sections = [learning(run), clients_in_time(run, facts), staleness_of(run, facts), contributions(facts),
+    extra = [section for make in EXTRA_SECTIONS if (section := make(run, facts)) is not None]
+    sections = [learning(run), *extra, clients_in_time(run, facts), staleness_of(run, facts), contributions(facts),
                 data_of(facts), other_figures(run), failures_of(run), settings_of(run)]
     return render("report.html", title=f"{strategy} on {task}", headline=headline(run),
                   opening=opening(run, facts), warnings=warnings_of(run), cards=cards(run, facts), sections=sections,
                   folder=run.folder.resolve().name, seed=run.summary.get("seed"))
-
-
-def environment() -> Environment:
-    """Return the template environment: everything that is not `Markup` is escaped."""
-    made = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                       lstrip_blocks=True)
-    made.filters.update(percent=percent, figure=figure, seconds=seconds)
-    return made
-
-
-def render(template: str, **content: Any) -> str:
-    """Return a page made from a template, with style and script inside."""
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return environment().get_template(template).render(style=Markup(style), script=Markup(script), **content)
-
-
-def part(name: str, **content: Any) -> Markup:
-    """Return one part of a page (a macro of parts.html)."""
-    module: Any = environment().get_template("parts.html").module
-    return Markup(getattr(module, name)(**content))
 
 
 def learning(run: Run) -> Section:
