@@ -99,12 +99,16 @@ class Round(Section):
     """How long a synchronous round waits.
 
     Attributes:
-        deadline_s: for replies; null: for all of them.
+        deadline_s: for replies; null: for all of them; `adaptive`: `deadline_factor` times the median of what the
+            latest answers took (the first round waits for all).
         min_replies_share: least share of the replies that is waited for beyond the deadline.
         task_timeout_s: a task without an answer for so long counts as lost.
     """
 
-    deadline_s: Positive | None = None
+    deadline_s: Annotated[
+        Positive | Literal["adaptive"] | None, DocInfo("a number above 0, adaptive, or null")
+    ] = None
+    deadline_factor: Annotated[float, Gt(1)] = 2.0
     min_replies_share: Annotated[float, Ge(0), Le(1), DocInfo("a number from 0 to 1")] = 1.0
     task_timeout_s: Positive = 43_200.0
 

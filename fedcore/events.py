@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedcore.errors import RunEnded
-from fedcore.hub import MAX_FAILURES_IN_A_ROW, Hub
+from fedcore.hub import Hub
 from fedcore.session import Session
 from fedcore.strategy import HubStrategy
 from fedcore.tasks import Answer, Failure, Node, Reply
@@ -32,10 +32,9 @@ class EventStrategy(HubStrategy):
     def on_failure(self, hub: Hub, failure: Failure) -> None:
         """A task failed, timed out, was lost or refused; called once per task.
 
-        By default the node gets work again, until it has failed three times in a row.
+        By default the node gets work again, unless its own code has failed three times in a row.
         """
-        here = failure.node.id in hub.node_ids
-        if here and hub.failures_in_a_row.get(failure.node.partition, 0) < MAX_FAILURES_IN_A_ROW:
+        if failure.node.id in hub.node_ids and not hub.is_left_aside(failure.node):
             self.hand_out(hub, failure.node)
 
     def on_timer(self, hub: Hub, name: str) -> None:

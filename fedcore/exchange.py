@@ -1,21 +1,26 @@
 """Messages out and in: who is here, what they were asked, and what became of it."""
 import logging
 import math
+import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType, RecordDict
 
+from fedcore.accounts import Accounts
 from fedcore.clock import Event
-from fedcore.errors import AllNodesFailed, FedcoreError, NothingCanHappen, RunEnded
+from fedcore.errors import FedcoreError, NothingCanHappen, RunEnded
 from fedcore.flower import adopt_identity
 from fedcore.options import RunOptions
 from fedcore.payload import wire_bytes
 from fedcore.recorder import Recorder
-from fedcore.tasks import ERROR_WORDS, NODE_GONE, REFUSED, Answer, Failure, Node, Replies, ShowOnce, Task, printable
+from fedcore.tasks import ERROR_WORDS, NODE_GONE, REFUSED, Answer, Failure, Node, Replies, ShowOnce, Task
 
 logger = logging.getLogger("fedcore")
+
+# Answers from whose times an adaptive deadline follows.
+REMEMBERED_ARRIVALS = 100
 
 
 class HubGrid(Protocol):
@@ -31,83 +36,31 @@ class HubGrid(Protocol):
     def next_event(self, until: float | None) -> Event | None: ...
 
 
-class Exchange:
+class Exchange(Accounts):
     """The nodes of a run and the tasks they were given; `Hub` adds the model and what strategies do with it.
 
     Attributes:
-        version: of the model, for the record; `Hub` advances it.
-        expected: how many nodes belong to the run.
-        totals: counted since the start: accepted updates and their local steps, bytes up and down.
-        failures_in_a_row: by partition; a good reply clears it.
         closing: beyond the run's limits, for the last evaluation.
     """
 
     def __init__(self, grid: HubGrid, options: RunOptions, recorder: Recorder | None = None):
+        super().__init__(recorder, options.expected or 0)
         adopt_identity()
-        self.grid, self.options, self.recorder = grid, options, recorder or Recorder()
-        self.version, self.expected = 0, options.expected or 0
-        self.stop_reason: str | None = None
-        self.totals = {"client_updates": 0, "client_steps": 0, "bytes_up": 0, "bytes_down": 0}
-        self.counts = {"failures": 0, "refused": 0, "lost": 0, "late": 0, "evaluations": 0}
-        self.failures_in_a_row: dict[int, int] = {}
-        self.barren = 0    # failures of training, of whichever nodes, since the last good reply
+        self.grid, self.options = grid, options
         self.closing = False
         self.show_failure = ShowOnce()
-        self._last_failure = ""
-        self._now, self._epoch = 0.0, 0.0
-        self._nodes: dict[int, Node] = {}         # by Flower's id
-        self._partitions: dict[int, Node] = {}
-        self._listed: tuple[Node, ...] | None = None    # all of them in order; None: to be listed anew
-        self._kinds: dict[int, str] = {}          # what each partition says it can answer with
-        self._tasks: dict[str, Task] = {}         # by message id
-        self._by_id: dict[int, Task] = {}         # that have not ended: no row in the timeline yet
-        self._unread: dict[int, Task] = {}        # answered, and whoever asked may still find the answer malformed
+        self._epoch = 0.0
         self._unsent: deque[Task] = deque()
         self._waiting_room: dict[int, None] = {}
         self._next_task = 0
+        self._arrivals: dict[str, list[float]] = {}    # how long the latest answers took, by action, seconds
 
     # ---- nodes and time ---------------------------------------------------------------------------------------------
-
-    @property
-    def now(self) -> float:
-        """Seconds since the first work could be handed out; time during which the server was down is not counted."""
-        return self._now
 
     @property
     def moment(self) -> tuple[float, int]:
         """What changes whenever anything happens: the time, and how many tasks were ever given out."""
         return self._now, self._next_task
-
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """The nodes that are here, ascending partition."""
-        if self._listed is None:
-            self._listed = tuple(sorted(self._nodes.values(), key=lambda node: node.partition))
-        return self._listed
-
-    def node_of(self, partition: int) -> Node | None:
-        """Return the node that holds a partition, None while it is not here."""
-        return self._partitions.get(partition)
-
-    @property
-    def node_ids(self) -> KeysView[int]:
-        """Flower's ids of the nodes that are here."""
-        return self._nodes.keys()
-
-    def add_nodes(self, nodes: Sequence[tuple[Node, str]]) -> None:
-        """Admit nodes, each with what it says it can answer with (`update,model`)."""
-        for node, kinds in nodes:
-            self._kinds[node.partition] = kinds
-            self._nodes[node.id] = self._partitions[node.partition] = node
-        self._listed = None
-
-    def remove_node(self, node_id: int) -> Node | None:
-        """Forget a node that left; None when it was never admitted."""
-        node = self._nodes.pop(node_id, None)
-        if node is not None:
-            self._partitions.pop(node.partition, None)
-            self._listed = None
-        return node
 
     def find_node(self, node_id: int) -> Node | None:
         """Return the node of Flower's number; one that only just came is known by its partition alone."""
@@ -185,7 +138,7 @@ class Exchange:
         if message_id is None:
             self.counts["lost"] += 1
             self._end(task, "lost", 0)
-            self._note_failure(task, "the node could not be reached")
+            self._note_failure(task, "the node could not be reached", NODE_GONE)
             self._unsent.append(task)
         else:
             self.totals["bytes_down"] += bytes_down
@@ -210,7 +163,7 @@ class Exchange:
     def collect(self, sent: Sequence[Task], deadline_s: float | None = None, min_replies: int | None = None) -> Replies:
         """Wait for the answers to tasks that were sent (see `ask`)."""
         self.end_unread()
-        deadline_s = self.options.round_deadline_s if deadline_s is None else deadline_s
+        deadline_s = self._round_deadline_s(sent) if deadline_s is None else deadline_s
         # 0.07 x 100 is a little more than 7.
         share = self.options.min_replies_share
         least = math.ceil(share * len(sent) - 1e-9) if min_replies is None else min_replies
@@ -232,6 +185,20 @@ class Exchange:
         by_partition = sorted(sent, key=lambda task: task.node.partition)
         return Replies([arrived[task.id] for task in by_partition if task.id in arrived],
                        [missing[task.id] for task in by_partition if task.id in missing])
+
+    def _round_deadline_s(self, sent: Sequence[Task]) -> float | None:
+        """Return how long to wait for the answers to these tasks: for ever where the run sets no deadline."""
+        deadline_s = self.options.round_deadline_s
+        if deadline_s != "adaptive":
+            return deadline_s
+        # Of nobody's time is anything known before the first answer.
+        usual = [statistics.median(took) for action in {task.action for task in sent}
+                 if (took := self._arrivals.get(action))]
+        return self.options.deadline_factor * max(usual) if usual else None
+
+    def awaited(self) -> list[Task]:
+        """Return the tasks that somebody waits for, oldest first."""
+        return sorted((task for task in self._by_id.values() if not task.abandoned), key=lambda task: task.sent_at)
 
     def next_outcome(
         self, until: float | None, enough: Callable[[], bool] = lambda: False
@@ -286,18 +253,6 @@ class Exchange:
             f"come ({len(self._nodes)} of {self.expected} nodes are here)."
         )
 
-    def all_failed(self) -> AllNodesFailed:
-        """Return the error that shows the last of many failures."""
-        return AllNodesFailed(
-            f"Every node failed, and none is left to give work to at {self._now:.6g} s. "
-            f"The last failure: {printable(self._last_failure)}"
-        )
-
-    def stop(self, reason: str) -> None:
-        """End the run after the present event."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-
     # ---- what comes back --------------------------------------------------------------------------------------------
 
     def _receive(self, message: Message) -> Answer | Failure | None:
@@ -313,6 +268,10 @@ class Exchange:
         failed = message.has_error()
         task.bytes_up = 0 if failed else wire_bytes(message.content)
         self.totals["bytes_up"] += task.bytes_up
+        if not failed and self.options.round_deadline_s == "adaptive":
+            took = self._arrivals.setdefault(task.action, [])
+            took.append(self._now - task.sent_at)    # late ones too, or the deadline would only ever shrink
+            del took[:-REMEMBERED_ARRIVALS]
         if task.abandoned:
             if not failed and not self.closing:
                 self.counts["late"] += 1
@@ -326,6 +285,10 @@ class Exchange:
         return self._intercept(task, Answer(
             task.node, task.id, message.content, message, self._now - task.sent_at, task.bytes_up, task.action, task
         ))
+
+    def _times_of(self, task: Task) -> Mapping[str, float]:
+        times_of = getattr(self.grid, "task_times", None)
+        return (times_of(task.message_id) if times_of is not None else None) or {}
 
     def end_unread(self) -> None:
         """End the tasks whose answers somebody has received and found nothing wrong with."""
@@ -351,44 +314,12 @@ class Exchange:
         self.recorder.metric(self._now, "failure", version=self.version, node=task.node.partition, code=code,
                              reason=reason)
         self.show_failure(failure)
-        self._note_failure(task, reason)
+        self._note_failure(task, reason, code)
         return failure
 
     def refuse(self, task: Task, reason: str, bytes_up: int) -> Failure:
         """Count and log a reply that must not be used."""
         self._log_refusal(task.node.partition, reason)
         self._end(task, "refused", bytes_up)
-        self._note_failure(task, reason)
+        self._note_failure(task, reason, REFUSED)
         return Failure(task.node, task.id, reason, REFUSED, task.action)
-
-    def _log_refusal(self, partition: int | None, reason: str) -> None:
-        self.counts["refused"] += 1
-        self.recorder.metric(self._now, "refused", version=self.version, node=partition, reason=reason)
-        who = "a stranger" if partition is None else f"node {partition}"
-        logger.warning("Refused a reply of %s: %s", who, printable(reason))
-
-    def _note_failure(self, task: Task, reason: str) -> None:
-        if task.action.startswith(MessageType.TRAIN):    # a node that cannot evaluate may still train
-            partition = task.node.partition
-            self.failures_in_a_row[partition] = self.failures_in_a_row.get(partition, 0) + 1
-            self.barren += 1
-            self._last_failure = reason
-
-    def _end(self, task: Task, outcome: str, bytes_up: int, local_steps: int | None = None) -> None:
-        """Write the task's row in the timeline, once."""
-        self._unread.pop(task.id, None)
-        times_of = getattr(self.grid, "task_times", None)
-        parts: Mapping[str, float] = (times_of(task.message_id) if times_of is not None else None) or {}
-        self._by_id.pop(task.id, None)
-        if task.ended or task.action.startswith(MessageType.QUERY):
-            return
-        task.ended = True
-        self.recorder.task({
-            "task": task.id, "node": task.node.partition, "kind": task.action, "start_s": task.sent_at,
-            "end_s": self._now if task.answered_at is None else task.answered_at,
-            "download_s": parts.get("download_s"), "queue_s": parts.get("queue_s"),
-            "compute_s": parts.get("compute_s"), "upload_s": parts.get("upload_s"),
-            "local_steps": task.local_steps if local_steps is None else local_steps,
-            "base_version": task.base_version, "staleness": self.version - task.base_version, "outcome": outcome,
-            "bytes_down": task.bytes_down, "bytes_up": bytes_up, **task.note,
-        })

@@ -9,13 +9,13 @@ from typing import Any
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from torch import Tensor
 
-from fedcore.clock import Event
 from fedcore.errors import EmptyRound, InvalidSetting, MalformedReply
-from fedcore.evaluation import Poll, Scores, read_evaluation
-from fedcore.exchange import Exchange, HubGrid
+from fedcore.evaluation import Poll, Scores
+from fedcore.exchange import HubGrid
 from fedcore.flower import record_of
 from fedcore.options import RunOptions
-from fedcore.payload import ARRAYS, CONFIG, VectorRecord, read_train_reply
+from fedcore.payload import ARRAYS, CONFIG, read_train_reply
+from fedcore.polls import Polls
 from fedcore.recorder import Recorder
 from fedcore.tasks import Answer, Failure, Node, Replies, Reply, Task, as_plain
 from fedcore.vectors import Model
@@ -23,16 +23,16 @@ from fedcore.vectors import Model
 logger = logging.getLogger("fedcore")
 
 # Plain attributes that a checkpoint holds as they are.
-SAVED = ("model", "version", "round_index", "expected", "failures_in_a_row", "_now", "_kinds", "_timers", "_draws",
-         "_next_task", "_waiting_room", "barren")
-# A node that fails so often in a row is left aside: giving it work again would never end.
+SAVED = ("model", "version", "round_index", "expected", "failures_in_a_row", "errors_in_a_row", "_now", "_kinds",
+         "_timers", "_draws", "_next_task", "_waiting_room", "barren", "_arrivals")
+# A node that errs so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
 # Failures per node of the run, with no good reply among them, after which nothing good will come.
 HOPELESS_FAILURES = 10
 NODE_FIELDS = tuple(entry.name for entry in fields(Node))
 
 
-class Hub(Exchange):
+class Hub(Polls):
     """A strategy's view of the federation.
 
     Attributes:
@@ -44,14 +44,11 @@ class Hub(Exchange):
     """
 
     def __init__(self, grid: HubGrid, model: Model, options: RunOptions, recorder: Recorder | None = None):
-        super().__init__(grid, options, recorder)
-        self.model, self.seed, self.round_index = model, options.seed, 0
+        super().__init__(grid, model, options, recorder)
+        self.round_index = 0
         self._train_config = dict(ConfigRecord(dict(options.train_config)).items())    # checked once, for all requests
-        self.scores = Scores(due_s=options.evaluation.every)
-        self._polls: dict[int, Poll] = {}         # evaluations under way at the clients, by version
         self._timers: dict[str, float] = {}
         self._draws: dict[int, int] = {}          # training tasks given to each partition so far
-        self._record: tuple[Model, VectorRecord] | None = None
 
     # ---- what strategies use ----------------------------------------------------------------------------------------
 
@@ -122,17 +119,6 @@ class Hub(Exchange):
         if self._evaluation_is_due():
             self.evaluate()
 
-    def _evaluation_is_due(self) -> bool:
-        """Say whether this version is to be evaluated: every so many versions, or the first after so many seconds."""
-        rule = self.options.evaluation
-        if rule.unit == "versions":
-            return self.version % rule.every == 0
-        if self._now < self.scores.due_s:
-            return False
-        # Counted from the start, not from now, so that the period does not drift.
-        self.scores.due_s = (math.floor(self._now / rule.every) + 1) * rule.every
-        return True
-
     def set_timer(self, name: str, at: float) -> None:
         """Call `on_timer(name)` at the time `at`; a timer of the same name is replaced. Infinity: never.
 
@@ -157,25 +143,6 @@ class Hub(Exchange):
         """Tell the user something about the run: now, and in the metrics and the report."""
         logger.warning("%s", text)
         self.log(warning=text)
-
-    def evaluate(self, nodes: Sequence[Node] | None = None) -> None:
-        """Evaluate the current version where the run's options say; a poll of clients is written when all answered."""
-        rule = self.options.evaluation
-        if rule.where == "none" or self.scores.evaluated_version == self.version:
-            return
-        self.scores.evaluated_version = self.version
-        if rule.where == "server":
-            assert rule.fn is not None
-            self.record_evaluation(rule.fn(self.model), self.version, "server")
-            return
-        nodes = self.nodes if nodes is None else nodes
-        if not nodes:
-            return    # nobody is here to ask
-        self._polls[self.version] = Poll(self.version, asked=len(nodes), pending=len(nodes))
-        for node in nodes:
-            config = ConfigRecord({"version": self.version, "seed": self.seed})
-            content = RecordDict({ARRAYS: self.model_record(), CONFIG: config})
-            self.send_to(node, MessageType.EVALUATE, content, for_poll=True)
 
     def ask(
         self,
@@ -216,6 +183,10 @@ class Hub(Exchange):
             del self._timers[name]
             yield name
 
+    def is_left_aside(self, node: Node) -> bool:
+        """Say whether a node has erred so often in a row that giving it work again would never end."""
+        return self.errors_in_a_row.get(node.partition, 0) >= MAX_FAILURES_IN_A_ROW
+
     def give_up_if_hopeless(self) -> None:
         """Raise `AllNodesFailed` when nothing but failures has come for so long that nothing else will.
 
@@ -228,25 +199,6 @@ class Hub(Exchange):
         never = not self.totals["client_updates"] and tried and min(tried) >= MAX_FAILURES_IN_A_ROW
         if never or self.barren >= HOPELESS_FAILURES * max(1, self.expected):
             raise self.all_failed()
-
-    def finish_polls(self, within_s: float = math.inf) -> None:
-        """Wait until the evaluations under way at the clients are complete, or for so many seconds.
-
-        Whoever has not answered by then is left out.
-        """
-        limit = None if math.isinf(within_s) else self._now + within_s
-        while self._polls and (limit is None or self._now < limit):
-            outcome = self.next_outcome(limit, enough=lambda: not self._polls)
-            if isinstance(outcome, Event):
-                self.note_membership(outcome)
-        for poll in list(self._polls.values()):
-            self._close_poll(poll)
-
-    def drop_polls(self) -> None:
-        """Forget the evaluations under way at the clients; the current version can then be evaluated anew."""
-        if self.version in self._polls:
-            self.scores.evaluated_version = -1
-        self._polls = {}
 
     def end_clock(self, at: float) -> None:
         """Call the time at which training ended the run's last."""
@@ -282,22 +234,11 @@ class Hub(Exchange):
         """Count an answer that is used as `reply`."""
         assert answer.task is not None
         self.failures_in_a_row.pop(answer.node.partition, None)
+        self.errors_in_a_row.pop(answer.node.partition, None)
         self.barren = 0
         self.totals["client_updates"] += 1
         self.totals["client_steps"] += reply.local_steps
         self._end(answer.task, "ok", answer.bytes_up, reply.local_steps)
-
-    def read_figures(self, answer: Answer) -> dict[str, float] | None:
-        """Validate an evaluation; a malformed one is refused, and None is returned."""
-        task = answer.task
-        assert task is not None
-        try:
-            _, figures = read_evaluation(answer.content)
-        except MalformedReply as error:
-            self.refuse(task, error.reason, answer.bytes_up)
-            return None
-        self._end(task, "ok", answer.bytes_up)
-        return figures
 
     def restore_reply(self, state: Mapping[str, Any]) -> Reply:
         """Make a reply again from `Reply.state()`, after a restart."""
@@ -306,53 +247,8 @@ class Hub(Exchange):
         node = self.node_of(partition) or Node(-1, partition, fields["num_examples"])
         return Reply(node=node, _version_now=self._version_now, **fields)
 
-    def model_record(self) -> VectorRecord:
-        """Return the current model as a record; all messages of one version share it."""
-        if self._record is None or self._record[0] is not self.model:
-            self._record = (self.model, VectorRecord(self.model))
-        return self._record[1]
-
     def _version_now(self) -> int:
         return self.version
-
-    def _intercept(self, task: Task, outcome: Answer | Failure) -> Answer | Failure | None:
-        """Count what belongs to an evaluation at the clients; pass on everything else."""
-        if not task.for_poll:
-            return outcome
-        poll = self._polls.get(task.base_version)
-        if poll is None:    # it was dropped meanwhile
-            self._end(task, "cancelled", task.bytes_up)
-            return None
-        if isinstance(outcome, Failure):
-            poll.pending -= 1
-        else:
-            try:
-                poll.add(task.node.partition, outcome.content)
-            except MalformedReply as error:
-                self.refuse(task, error.reason, outcome.bytes_up)
-            else:
-                self._end(task, "ok", outcome.bytes_up)
-        if poll.pending == 0:
-            self._close_poll(poll)
-        return None
-
-    def _close_poll(self, poll: Poll) -> None:
-        del self._polls[poll.version]
-        if 2 * poll.answers > poll.asked:
-            self.record_evaluation(poll.means(), poll.version, "clients", evaluated_by=poll.answers)
-        else:
-            # The mean of a few clients would be taken for the model's quality.
-            self.log(unfinished_evaluation=poll.version, answers=poll.answers, asked=poll.asked)
-
-    def record_evaluation(self, figures: Mapping[str, float], version: int, where: str, **details: Any) -> None:
-        """Write an evaluation, and stop the run when it reaches the target."""
-        self.counts["evaluations"] += 1
-        ours = {"version": version, "where": where, **self.totals, **details}
-        # A client may call its figures what it likes, but not what we call ours.
-        theirs = {name: value for name, value in figures.items() if name not in (*ours, "time_s", "event")}
-        self.recorder.metric(self._now, "evaluate", **{"version": version, "where": where, **theirs, **ours})
-        if self.scores.add(figures, self._now, self.options.stop.target):
-            self.stop("target")
 
     # ---- what survives a restart ------------------------------------------------------------------------------------
 

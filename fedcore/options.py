@@ -48,7 +48,8 @@ class RunOptions:
         seed: of all randomness.
         expected: how many nodes belong to the run; None: those that are there at the start.
         min_nodes: how many must be there before the start; None: all that are expected.
-        round_deadline_s: how long a round waits for replies; None: for all of them.
+        round_deadline_s: how long a round waits for replies; None: for all of them; `adaptive`: `deadline_factor` times
+            the median of what the latest answers took.
         min_replies_share: least share of a round's replies, in (0, 1], that is waited for beyond the deadline.
         train_config: added to every training request.
         task_timeout_s: a task without an answer for so long counts as lost (Flower's time to live, default 12 hours).
@@ -60,7 +61,8 @@ class RunOptions:
     min_nodes: int | None = None
     stop: StopRule = StopRule()
     evaluation: Evaluation = Evaluation()
-    round_deadline_s: float | None = None
+    round_deadline_s: float | Literal["adaptive"] | None = None
+    deadline_factor: float = 2.0
     min_replies_share: float = 1.0
     train_config: Mapping[str, Any] = field(default_factory=dict)
     task_timeout_s: float = 43_200.0

@@ -165,6 +165,7 @@ class Session:
             return None
         node = Node(node.id, partition, examples, self.hub.now)
         self.hub.add_nodes([(node, kinds)])
+        self.hub.errors_in_a_row.pop(partition, None)    # whoever comes back may have mended what was wrong
         self.clients[partition] = {"node": partition, "num_examples": examples, "labels": facts.get("labels")}
         return node
 

@@ -222,6 +222,7 @@ class _Simulation:
             stop=StopRule(stop.seconds, stop.rounds, stop.client_updates, dict(stop.target or {})),
             evaluation=Evaluation(rule.where, rule.every, rule.unit, fn),
             round_deadline_s=settings.round.deadline_s,
+            deadline_factor=settings.round.deadline_factor,
             min_replies_share=settings.round.min_replies_share,
             task_timeout_s=settings.round.task_timeout_s,
             train_config={} if settings.train.local_steps is None else {"local-steps": settings.train.local_steps},

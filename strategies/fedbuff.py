@@ -156,8 +156,8 @@ class FedBuff(EventStrategy):
         return node
 
     def _is_idle(self, hub: Hub, node: Node) -> bool:
-        reliable = hub.failures_in_a_row.get(node.partition, 0) < MAX_FAILURES_IN_A_ROW
-        return reliable and node.partition not in self.training and node.partition not in self.waiting
+        busy = node.partition in self.training or node.partition in self.waiting
+        return not busy and not hub.is_left_aside(node)
 
     # ---- what happens -------------------------------------------------------------------------------------------
 
@@ -200,8 +200,9 @@ class FedBuff(EventStrategy):
                 self._fill_place(hub, node)
 
     def _release_if_alone(self, hub: Hub) -> None:
-        if self.wait and not self.training:
-            self._release(hub)    # nobody is left whom they could wait for
+        hopeful = (hub.failures_in_a_row.get(partition, 0) < MAX_FAILURES_IN_A_ROW for partition in self.training)
+        if self.wait and not any(hopeful):
+            self._release(hub)    # nobody is left for whom it is worth waiting
 
     def on_failure(self, hub: Hub, failure: Failure) -> None:
         self.training.discard(failure.node.partition)

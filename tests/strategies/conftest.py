@@ -131,6 +131,8 @@ def federate(
 ) -> Outcome:
     """Run a strategy over clients whose tasks take `times_s` seconds (one each, or several taken in turn)."""
     grid_settings = {name: stop.pop(name) for name in ("availability", "failures", "network") if name in stop}
+    waiting = {name: stop.pop(name) for name in ("round_deadline_s", "deadline_factor", "min_replies_share")
+               if name in stop}
     if centers is None:
         centers = torch.randn(len(times_s), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     task = task or Quadratic(centers, curvatures)
@@ -138,7 +140,7 @@ def federate(
     settings = TrainSettings(lr=lr, batch_size=4, local_steps=local_steps, dtype=dtype, device="cpu")
     app = app or torch_client(task, settings)
     recorder = Listener()
-    options = RunOptions(seed=seed, expected=len(times_s), stop=StopRule(**stop))
+    options = RunOptions(seed=seed, expected=len(times_s), stop=StopRule(**stop), **waiting)
     grid = grid_class(app, len(times_s), seed=seed, devices=TaskTimes(times_s), **grid_settings)
     hub = Hub(grid, Model.of(task.model()), options, recorder)
     outcome = Outcome(hub.model.params, recorder.rows, recorder.tasks, hub, strategy)
