@@ -21,7 +21,7 @@ DONE, FAILED, BAD_INPUT, TARGET_MISSED, INTERRUPTED = 0, 1, 2, 3, 130
 ERROR_LOG = "error.log"
 FOLDER = "fedcore.folder"       # where a command says which run folder it writes
 
-ARGUMENT_HELP = {
+ARGUMENT_HELP: dict[str, str] = {
     "file": "The experiment, a YAML file.",
     "kind": "strategies, tasks, partitions, models, ...; without it, all kinds.",
     "name": "One of them, with all its settings.",
@@ -251,6 +251,11 @@ def report(
 
     for folder in runs:
         typer.echo(write_report(folder))
+
+
+from fedcore.cli_certs import app as certs_app  # noqa: E402 (it needs what is above)
+
+app.add_typer(certs_app)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Named errors: each carries the offending value, what is allowed, and the next thing to try."""
 from collections.abc import Sequence
+from pathlib import Path
 
 LONGEST_VALUE = 60      # characters of a wrong value that are shown
 MOST_PROBLEMS = 8       # of one experiment that are shown: they fit on a screen
@@ -100,6 +101,25 @@ class UnusableApp(BadInput):
 
 class AppFailed(FedcoreError):
     """A Flower app whose own code raised an exception."""
+
+
+class BadTls(BadInput):
+    """A TLS folder or a file in it that cannot be used; `advice` says what to do."""
+
+    def __init__(self, path: Path, reason: str, advice: str):
+        super().__init__(f"{path} cannot be used: {reason}. {advice}")
+        self.path, self.reason, self.advice = path, reason, advice
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.reason, self.advice)
+
+
+class BadCertificate(FedcoreError):
+    """A certificate that speaks for nobody; `reason` says what is wrong with it."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
 
 
 class MalformedReply(FedcoreError):
