@@ -105,7 +105,7 @@ STRATEGIES = {
 
 _TASKS, _PARTITIONS, _MODELS = "fedcore.clients.tasks", "fedcore.clients.partitions", "fedcore.clients.models"
 _DISTRIBUTIONS, _AVAILABILITY = "fedcore.simulations.distributions", "fedcore.simulations.availability"
-_COMPRESSION = "fedcore.compression"
+_COMPRESSION, _TOPOLOGIES = "fedcore.compression", "fedcore.topologies"
 _SCHEDULES, _TORCH_SCHEDULES = "fedcore.clients.schedules", "torch.optim.lr_scheduler"
 
 CATALOGUE: dict[str, dict[str, Entry]] = {
@@ -184,7 +184,20 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
         "natural": Entry(f"{_COMPRESSION}.quantised:Natural"),
         "power_sgd": Entry(f"{_COMPRESSION}.dense:PowerSgd"),
     },
-    "graphs": {},
+    "graphs": {
+        "complete": Entry(f"{_TOPOLOGIES}:Complete"),
+        "ring": Entry(f"{_TOPOLOGIES}:Ring"),
+        "star": Entry(f"{_TOPOLOGIES}:Star"),
+        "path": Entry(f"{_TOPOLOGIES}:Line"),
+        "grid": Entry(f"{_TOPOLOGIES}:Grid"),
+        "torus": Entry(f"{_TOPOLOGIES}:Torus"),
+        "hypercube": Entry(f"{_TOPOLOGIES}:Hypercube"),
+        "exponential": Entry(f"{_TOPOLOGIES}:Exponential"),
+        "random_regular": Entry(f"{_TOPOLOGIES}:RandomRegular"),
+        "random_geometric": Entry(f"{_TOPOLOGIES}:RandomGeometric"),
+        "barbell": Entry(f"{_TOPOLOGIES}:Barbell"),
+        "file": Entry(f"{_TOPOLOGIES}:FromFile"),
+    },
 }
 
 # Where a plug-in of each kind is named in an experiment file.
@@ -229,4 +242,5 @@ SIMULATION_TRIALS = {
 EXPECTED = {
     "strategies": ("flwr.serverapp.strategy:Strategy", "a Flower Strategy"),
     "compressors": ("fedcore.compression.base:Compressor", "a Compressor"),
+    "graphs": (f"{_TOPOLOGIES}:Topology", "a Topology"),
 }

@@ -91,6 +91,25 @@ class UnsupportedModel(BadInput):
     """A model that cannot be handled as one flat vector."""
 
 
+class MalformedGraph(BadInput):
+    """A graph with an edge that cannot be."""
+
+
+class DisconnectedGraph(BadInput):
+    """A graph in which some nodes can never hear of others; `parts` are the nodes of each connected part."""
+
+    def __init__(self, parts: Sequence[Sequence[int]], which: str = "The graph"):
+        some = "; ".join(", ".join(map(str, part[:MOST_PROBLEMS])) + (" ..." if len(part) > MOST_PROBLEMS else "")
+                         for part in parts[:MOST_PROBLEMS])
+        more = "; ..." if len(parts) > MOST_PROBLEMS else ""
+        super().__init__(f"{which} is not connected: it has {len(parts)} parts, with the nodes {some}{more}. "
+                         "Add edges between them, or choose a denser graph.")
+        self.parts, self.which = parts, which
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.parts, self.which)
+
+
 class UnusableCheckpoint(BadInput):
     """A checkpoint that is absent, damaged, or belongs to another experiment."""
 

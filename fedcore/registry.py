@@ -272,6 +272,11 @@ def _value(argument: Argument, value: Any, where: str, folder: Path | None, prob
         nested, found = check("strategies", value, where, folder)
         problems += found
         return nested
+    if where == PATHS["graphs"] and mentions(argument.annotation, (Mapping,)):
+        # Checked here because a graph may be a file beside the experiment.
+        nested, found = check("graphs", value, where, folder)
+        problems += found
+        return nested
     converted = convert(argument.annotation, value, where)
     if (argument.name == "path" or mentions(argument.annotation, (Path,))) and isinstance(converted, (str, Path)):
         return str(find_file(Path(converted), where, folder))

@@ -225,7 +225,7 @@ def test_report_writes_the_page_again(fedcore, experiment, tmp_path):
     (["list", "strategy"], ["fedcompass"]),
     (["list", "tasks"], ["digits", "shakespeare", "path=null"]),
     (["list", "partitions"], ["dirichlet", "alpha", "min_examples=1"]),
-    (["list", "graphs"], ["no graphs yet"]),
+    (["list", "graphs"], ["ring", "random_regular", "degree=4"]),
     (["list", "strategies", "fedbuff"], ["buffer_size", "Nguyen et al., 2022", "strategy: {name: fedbuff"]),
     (["list", "strategies", "fedadam"], ["eta", "Server-side learning rate", "beta_1"]),
     (["list", "partitions", "dirichlet"], ["alpha", "required", "partition: dirichlet"]),
