@@ -30,7 +30,8 @@ def run_experiment(
     Args:
         meta: gets the run's folder, for whoever reports a defect.
     """
-    from fedcore.simulations.run import new_folder, simulate
+    from fedcore.launch import new_folder
+    from fedcore.simulations.run import simulate
 
     console = make_console()
     if resume is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 
+from fedcore.background import BackgroundSaver
 from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
 from fedcore.errors import AllNodesFailed, NothingCanHappen
@@ -48,6 +49,7 @@ class Session:
         checkpoints: where to save; None saves nothing.
         save_every_s: wall seconds between checkpoints; 0 saves at every safe point.
         interrupted: asked at every safe point; once it says yes, the run is saved and ends.
+        in_background: write checkpoints while the run goes on, as real time does not wait for a disk.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Session:
         checkpoints: Checkpoints | None = None,
         save_every_s: float = 30.0,
         interrupted: Callable[[], bool] = lambda: False,
+        in_background: bool = False,
     ):
         self.hub, self.strategy, self.checkpoints = hub, strategy, checkpoints
         self.save_every_s, self.interrupted = save_every_s, interrupted
         self.resumed = False
+        self._saver = BackgroundSaver(checkpoints) if checkpoints is not None and in_background else None
         self._saved_at = time.monotonic()
         self._remembered: Frozen | None = None
         self.clients: dict[int, dict[str, Any]] = {}    # what each partition said about itself
@@ -216,16 +220,31 @@ class Session:
     def safe_point(self) -> None:
         """Save when it is time to, or when the user wants to stop: nothing is half done here."""
         interrupted = self.interrupted()
-        if self.checkpoints and (interrupted or time.monotonic() - self._saved_at >= self.save_every_s):
+        due = time.monotonic() - self._saved_at >= self.save_every_s
+        if self.checkpoints and (interrupted or (due and not (self._saver and self._saver.busy))):
             self.save()
         if interrupted:
             self.hub.stop("interrupted")
 
     def save(self) -> None:
-        """Write a checkpoint: of this moment, or of the one remembered."""
+        """Write a checkpoint: of this moment, or of the one remembered.
+
+        Raises:
+            UnusableCheckpoint: it, or the one before, cannot be written.
+        """
         assert self.checkpoints is not None
-        self.checkpoints.save(self._tree() if self._remembered is None else self._remembered)
+        frozen = freeze(self._tree()) if self._remembered is None else self._remembered
+        if self._saver is not None:
+            self._saver.save(frozen, self._on_saved)
+        else:
+            self.checkpoints.save(frozen)
+            self._on_saved()
         self._saved_at = time.monotonic()
+
+    def _on_saved(self) -> None:
+        """Tell the grid, if it wants to know, that its latest `state_dict` is on the disk: clients may forget."""
+        if (saved := getattr(self.hub.grid, "saved", None)) is not None:
+            saved()
 
     def remember(self) -> None:
         """Keep the present state for `save`, where what follows may be broken off and cannot be saved half done."""
@@ -259,6 +278,8 @@ class Session:
         hub = self.hub
         if self.checkpoints:
             self.save()
+        if self._saver is not None:
+            self._saver.close()
         hub.closing = True
         hub.drop_polls()
         hub.cancel_all()

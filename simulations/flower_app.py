@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from fedcore.checking import check_settings
 from fedcore.errors import AllNodesFailed, AppFailed, BadInput, FedcoreError
 from fedcore.flower import RUN_ID, SERVER_NODE_ID, legacy_servers_in_step, wrapped_starts
+from fedcore.launch import make_folder, one_torch_thread, peak_rss_mb
 from fedcore.recorder import (
     CLIENTS_FILE,
     CONFIG_FILE,
@@ -41,7 +42,7 @@ from fedcore.simulations.failures import Failures
 from fedcore.simulations.grid import VirtualGrid
 from fedcore.simulations.network import Network
 from fedcore.simulations.randomness import global_randomness
-from fedcore.simulations.run import MAX_DESCRIBED_CLIENTS, make_folder, one_torch_thread, peak_rss_mb
+from fedcore.simulations.run import MAX_DESCRIBED_CLIENTS
 
 logger = logging.getLogger("fedcore")
 
