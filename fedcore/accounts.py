@@ -1,6 +1,7 @@
 """What a run has counted: tasks and how they ended, bytes, failures; and their rows in metrics and timeline."""
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from flwr.app import MessageType
 
@@ -50,6 +51,15 @@ class Accounts(Roster):
         """End the run after the present event."""
         if self.stop_reason is None:
             self.stop_reason = reason
+
+    def log(self, **figures: Any) -> None:
+        """Write figures to the metrics."""
+        self.recorder.metric(self._now, "log", version=self.version, **figures)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something about the run: now, and in the metrics and the report."""
+        logger.warning("%s", text)
+        self.log(warning=text)
 
     def all_failed(self) -> AllNodesFailed:
         """Return the error that shows the last of many failures."""

@@ -135,15 +135,6 @@ class Hub(Polls):
         """Forget a timer, if there is one."""
         self._timers.pop(name, None)
 
-    def log(self, **figures: Any) -> None:
-        """Write figures to the metrics."""
-        self.recorder.metric(self._now, "log", version=self.version, **figures)
-
-    def warn(self, text: str) -> None:
-        """Tell the user something about the run: now, and in the metrics and the report."""
-        logger.warning("%s", text)
-        self.log(warning=text)
-
     def ask(
         self,
         nodes: Sequence[Node],
