@@ -38,11 +38,12 @@ class Event:
     """Something that happened on a grid.
 
     Attributes:
-        kind: `reply` (with `message`), `join`, `leave` (with `node_id`), or `time` (the asked-for moment has come).
+        kind: `reply` (with `message`), `join`, `leave` (with `node_id`), `time` (the asked-for moment has come), or
+            `wake` (nothing happened, but somebody wants to be heard: the user wants to stop).
         at: the grid's clock, seconds.
     """
 
-    kind: Literal["reply", "join", "leave", "time"]
+    kind: Literal["reply", "join", "leave", "time", "wake"]
     at: float
     node_id: int | None = None
     message: Message | None = None

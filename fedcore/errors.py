@@ -173,6 +173,10 @@ class RunEnded(FedcoreError):
     """The run's limit was reached while a round was waiting; the driver catches it."""
 
 
+class StoppedEarly(FedcoreError):
+    """The user stopped a run before it had begun."""
+
+
 class WorkerDied(FedcoreError):
     """A worker process ended while it was computing a client's task."""
 

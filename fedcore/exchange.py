@@ -41,6 +41,7 @@ class Exchange(Accounts):
 
     Attributes:
         closing: beyond the run's limits, for the last evaluation.
+        must_stop: asked when the grid wakes up: the user wants to stop, and waited for a safe moment in vain.
     """
 
     def __init__(self, grid: HubGrid, options: RunOptions, recorder: Recorder | None = None):
@@ -48,6 +49,7 @@ class Exchange(Accounts):
         adopt_identity()
         self.grid, self.options = grid, options
         self.closing = False
+        self.must_stop: Callable[[], bool] = lambda: False
         self.show_failure = ShowOnce()
         self._epoch = 0.0
         self._unsent: deque[Task] = deque()
@@ -227,6 +229,11 @@ class Exchange(Accounts):
             event = self.grid.next_event(None if target is None else target + self._epoch)
             if event is None:
                 raise self.dead_end()
+            if event.kind == "wake":
+                if self.must_stop():
+                    self.stop("interrupted")
+                    raise RunEnded("interrupted")
+                return Event("time", self._now)
             if event.kind == "time":
                 assert target is not None
                 self._now = max(self._now, float(target))

@@ -2,6 +2,7 @@
 import json
 import logging
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -37,6 +38,9 @@ from fedcore.strategy import HubStrategy
 from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
+
+# After the first signal, work under way may go on for so long until a safe moment comes.
+DRAIN_S = 30.0
 
 
 def new_folder(out: str | Path | None, settings: Experiment) -> Path:
@@ -92,25 +96,48 @@ def quiet_flower() -> Iterator[None]:
 
 
 class Interrupt:
-    """Ctrl-C: the first ends the run at the next safe moment, the second at once."""
+    """Ctrl-C, or SIGTERM: the first ends the run at the next safe moment, a second one at once.
+
+    Attributes:
+        asked_with: the signal that came first; None while nobody wants to stop.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_with: int | None = None
+        self._asked_at = 0.0
+
+    def asked(self) -> bool:
+        """Say whether the run is to end."""
+        return self.asked_with is not None
+
+    def is_overdue(self) -> bool:
+        """Say whether a safe moment has been waited for long enough."""
+        return self.asked() and time.monotonic() - self._asked_at >= DRAIN_S
 
     @contextmanager
-    def watch(self) -> Iterator[Callable[[], bool]]:
-        def on_signal(*_: object) -> None:
-            if self.asked:
+    def watch(self, wake: Callable[[], None] | None = None) -> Iterator[None]:
+        """Listen for signals.
+
+        Args:
+            wake: wakes up whoever waits, at the signal and when the time to drain is over.
+        """
+        def on_signal(number: int, _: object) -> None:
+            if self.asked():
                 raise KeyboardInterrupt
-            self.asked = True
+            self.asked_with, self._asked_at = number, time.monotonic()
             logger.warning("Stopping after the present step; press Ctrl-C again to stop at once.")
+            if wake is not None:
+                wake()
+                overdue = threading.Timer(DRAIN_S, wake)
+                overdue.daemon = True
+                overdue.start()
 
         try:
             before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:    # not the main thread: whoever runs us there handles signals
             before = {}
         try:
-            yield lambda: self.asked
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -125,12 +152,14 @@ class Launch(ABC):
         on_row: called with every row of metrics.
     """
 
-    engine = ""     # its name in summaries
+    engine = ""     # its name in summaries and checkpoints
+    in_background = False    # whether checkpoints are written while the run goes on
 
     def __init__(self, settings: Experiment, folder: Path, on_row: Listener | None = None):
         from fedcore.clients.build import build_task
 
         self.settings, self.folder = settings, folder
+        self.interrupt = Interrupt()
         self.task = build_task(settings)
         self.model = self._initial_model()
         self.strategy = driver(settings)
@@ -142,6 +171,10 @@ class Launch(ABC):
     @abstractmethod
     def make_grid(self) -> Any:
         """Return the grid of this engine; it has a `close` method."""
+
+    def close_grid(self) -> None:
+        """Let go of what the grid holds; the run is over, or has failed."""
+        self.grid.close()
 
     @abstractmethod
     def write_clients(self, session: Session) -> None:
@@ -187,9 +220,10 @@ class Launch(ABC):
         """
         started = time.monotonic()
         try:
-            with Interrupt().watch() as interrupted:
+            with self.interrupt.watch(getattr(self.grid, "wake", None)):
+                self.hub.must_stop = self.interrupt.is_overdue
                 session = Session(self.hub, self.strategy, self.make_checkpoints(), self.settings.checkpoint.every_s,
-                                  interrupted)
+                                  self.interrupt.asked, self.in_background, self.engine)
                 if resuming:
                     for problem in session.restore():
                         logger.warning("%s Using the checkpoint before it.", problem)
@@ -203,7 +237,7 @@ class Launch(ABC):
                 self.write_clients(session)
         finally:
             # Whatever happened, what is known by now is in the folder.
-            self.grid.close()
+            self.close_grid()
             self.recorder.close()
             self.hub.model.save(self.folder / MODEL_FILE)
             self._write_summary(time.monotonic() - started)

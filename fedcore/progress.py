@@ -1,6 +1,6 @@
 """How a run is getting on: a live bar on a terminal, a plain line every few seconds elsewhere."""
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -80,10 +80,13 @@ class Progress:
         console: where to; a live bar if that is a terminal.
         title: what runs.
         figures: of the run.
+        remarks: asked for lines that are shown below the figures, such as who is waited for.
     """
 
-    def __init__(self, console: Console, title: str, figures: Figures):
-        self.console, self.title, self.figures = console, title, figures
+    def __init__(
+        self, console: Console, title: str, figures: Figures, remarks: Callable[[], Sequence[str]] = tuple
+    ):
+        self.console, self.title, self.figures, self.remarks = console, title, figures, remarks
         self._live: Live | None = None
         self._next_line = 0.0
         self._rows = 0
@@ -125,6 +128,12 @@ class Progress:
             self._print_line()
             self._next_line = time.monotonic() + LINE_EVERY_S
 
+    def print_remarks(self) -> None:
+        """Print the remarks as plain lines, where no live bar shows them anyway."""
+        if self._live is None:
+            for line in self.remarks():
+                self.console.print(Text(line), soft_wrap=True)
+
     def _print_line(self) -> None:
         share, limit = self.figures.share_done()
         line = "  ".join([f"{100 * share:3.0f} %"] * bool(limit) + self.figures.words())
@@ -137,4 +146,4 @@ class Progress:
             Text(self.title, style="bold"), ProgressBar(total=1.0, completed=share, width=30, pulse=not limit),
             Text(f"{100 * share:.0f} % of {limit}" if limit else ""),
         )
-        return Group(bar, Text(" · ".join(self.figures.words())))
+        return Group(bar, Text(" · ".join(self.figures.words())), *map(Text, self.remarks()))

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 from fedcore.background import BackgroundSaver
 from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
-from fedcore.errors import AllNodesFailed, NothingCanHappen
+from fedcore.errors import AllNodesFailed, NothingCanHappen, StoppedEarly, UnusableCheckpoint
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, INFO, wire_bytes
 from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
@@ -50,6 +50,7 @@ class Session:
         save_every_s: wall seconds between checkpoints; 0 saves at every safe point.
         interrupted: asked at every safe point; once it says yes, the run is saved and ends.
         in_background: write checkpoints while the run goes on, as real time does not wait for a disk.
+        engine: what carries messages; a run is continued on the engine that it began on.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Session:
         save_every_s: float = 30.0,
         interrupted: Callable[[], bool] = lambda: False,
         in_background: bool = False,
+        engine: str = "",
     ):
         self.hub, self.strategy, self.checkpoints = hub, strategy, checkpoints
         self.save_every_s, self.interrupted = save_every_s, interrupted
         self.resumed = False
+        self.engine = engine
         self._saver = BackgroundSaver(checkpoints) if checkpoints is not None and in_background else None
         self._saved_at = time.monotonic()
         self._remembered: Frozen | None = None
@@ -80,6 +83,7 @@ class Session:
 
         Raises:
             NothingCanHappen: fewer nodes than needed are there, and no more will come.
+            StoppedEarly: the user does not want to wait any longer.
         """
         hub, options = self.hub, self.hub.options
         waited_until = None if options.ready_timeout_s is None else hub.grid.now + options.ready_timeout_s
@@ -89,6 +93,8 @@ class Session:
             if len(ids) >= least:
                 break
             event = hub.grid.next_event(waited_until)
+            if event is not None and event.kind == "wake" and self.interrupted():
+                raise StoppedEarly(f"Stopped while {len(ids)} of {least} clients were here: nothing was trained.")
             if event is None or event.kind == "time":
                 raise NothingCanHappen(f"{len(ids)} nodes are here, but the run needs {least}. Start more clients.")
         hub.expected = options.expected or len(ids)
@@ -248,7 +254,8 @@ class Session:
 
     def remember(self) -> None:
         """Keep the present state for `save`, where what follows may be broken off and cannot be saved half done."""
-        if self.checkpoints is not None and self.hub.options.stop.seconds is not None:
+        limited = self.hub.options.stop.seconds is not None or self._saver is not None
+        if self.checkpoints is not None and limited:
             self._remembered = freeze(self._tree())
 
     def forget(self) -> None:
@@ -259,12 +266,20 @@ class Session:
         parts: dict[str, Any] = {"hub": self.hub, "strategy": self.strategy}
         if hasattr(self.hub.grid, "state_dict"):
             parts["grid"] = self.hub.grid
-        return {"clients": self.clients, **{name: part.state_dict() for name, part in parts.items()}}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {"engine": self.engine, "clients": self.clients, **states}
 
     def restore(self) -> list[str]:
-        """Continue from the newest checkpoint that can be read; returns what was wrong with newer ones."""
+        """Continue from the newest checkpoint that can be read; returns what was wrong with newer ones.
+
+        Raises:
+            UnusableCheckpoint: there is none, or it is another engine's.
+        """
         assert self.checkpoints is not None
         tree, problems = self.checkpoints.load_newest()
+        if tree["engine"] != self.engine:
+            command = {"virtual": "fedcore simulate", "grpc": "fedcore server"}.get(tree["engine"], "another engine")
+            raise UnusableCheckpoint(f"{self.checkpoints.folder} was written by {command}; continue the run with that.")
         if "grid" in tree:
             self.hub.grid.load_state_dict(tree["grid"])  # type: ignore[attr-defined]
         self.hub.load_state_dict(tree["hub"])
