@@ -26,6 +26,7 @@ ARGUMENT_HELP: dict[str, str] = {
     "kind": "strategies, tasks, partitions, models, ...; without it, all kinds.",
     "name": "One of them, with all its settings.",
     "runs": "Folders of runs.",
+    "folder": "The folder to write: new or empty.",
 }
 
 
@@ -251,6 +252,29 @@ def report(
 
     for folder in runs:
         typer.echo(write_report(folder))
+
+
+EXPORT_EXAMPLES = """[bold]Examples[/]
+
+fedcore export-app experiment.yaml my-app
+
+flwr run my-app my-superlink --stream
+"""
+
+
+@app.command(name="export-app", cls=Command, epilog=EXPORT_EXAMPLES)
+def export_app(
+    file: FileArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Write an experiment as a Flower app, for `flwr run` on a SuperLink or in Flower's simulation."""
+    from fedcore.export import export_app as export
+    from fedcore.terminal import show_logs
+
+    show_logs(verbose=False)
+    export(file, folder, overrides or ())
+    typer.echo(f"wrote {folder}: see {folder / 'README.md'}")
 
 
 from fedcore.cli_certs import app as certs_app  # noqa: E402 (it needs what is above)

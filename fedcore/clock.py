@@ -67,7 +67,12 @@ class PolledGrid:
     Args:
         grid: where messages go; its own polling rate bounds how soon a reply is noticed.
         shortest_pause_s, longest_pause_s: bounds of the pause between two questions, seconds.
+
+    Attributes:
+        slow_messages: a round trip takes seconds, whatever the work; strategies that measure speed must know.
     """
+
+    slow_messages = True
 
     def __init__(self, grid: Grid, shortest_pause_s: float = 0.05, longest_pause_s: float = 2.0):
         self._grid, self._clock = grid, WallClock()

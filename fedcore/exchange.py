@@ -60,6 +60,11 @@ class Exchange(Accounts):
     # ---- nodes and time ---------------------------------------------------------------------------------------------
 
     @property
+    def slow_messages(self) -> bool:
+        """Whether a message takes seconds however little it holds, as between Flower's SuperLink and SuperNodes."""
+        return bool(getattr(self.grid, "slow_messages", False))
+
+    @property
     def moment(self) -> tuple[float, int]:
         """What changes whenever anything happens: the time, and how many tasks were ever given out."""
         return self._now, self._next_task

@@ -180,8 +180,8 @@ class Launch(ABC):
     def write_clients(self, session: Session) -> None:
         """Write what is known about the clients, for the report."""
 
-    def make_checkpoints(self) -> Checkpoints:
-        """Return where the run is saved."""
+    def make_checkpoints(self) -> Checkpoints | None:
+        """Return where the run is saved; None where it could not be continued."""
         return Checkpoints(self.folder / CHECKPOINTS_FOLDER, self.settings.checkpoint.keep)
 
     def _initial_model(self) -> Model:

@@ -86,7 +86,8 @@ class FedCompass(EventStrategy):
             done the mean number of steps. It removes the bias towards clients that are given more steps; it does not
             remove the one towards clients that upload more often.
         link_estimate: estimate the time on the link apart from the time per step, from the training time that
-            clients report; otherwise all elapsed time counts as training.
+            clients report; otherwise all elapsed time counts as training. None: where a message takes seconds however
+            little it holds, as between Flower's SuperLink and SuperNodes.
         absence_s: after so long a silence a client is struck from its group, and its measured speed is out of date.
     """
 
@@ -102,7 +103,7 @@ class FedCompass(EventStrategy):
         weights: Literal["equal", "num_examples"] = "equal",
         lr_decay: float = 1.0,
         normalise_steps: bool = False,
-        link_estimate: bool = False,
+        link_estimate: bool | None = None,
         absence_s: float = 3600.0,
     ):
         check_count("max_local_steps", max_local_steps, 1)
@@ -116,7 +117,8 @@ class FedCompass(EventStrategy):
         check_choice("weights", weights, ("equal", "num_examples"))
         check_number("lr_decay", lr_decay, above=0, at_most=1, advice="1 leaves the learning rate alone.")
         check_switch("normalise_steps", normalise_steps)
-        check_switch("link_estimate", link_estimate)
+        if link_estimate is not None:
+            check_switch("link_estimate", link_estimate)
         check_number("absence_s", absence_s, above=0, advice="Give seconds, longer than any task takes.")
         self.rules = Rules(
             min_local_steps, max_local_steps, latest_time_factor, speed_momentum, initial_steps, absence_s
@@ -146,7 +148,8 @@ class FedCompass(EventStrategy):
 
     def on_reply(self, hub: Hub, reply: Reply) -> None:
         """File the update where it belongs, aggregate when its group is complete, give out new work."""
-        compute_s = reply.train_seconds if self.link_estimate else None
+        apart = hub.slow_messages if self.link_estimate is None else self.link_estimate
+        compute_s = reply.train_seconds if apart else None
         before = self.schedule
         self.schedule, decision = on_upload(
             before, self.rules, reply.node.partition, hub.now, reply.elapsed_s, reply.local_steps, compute_s

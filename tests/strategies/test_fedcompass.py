@@ -116,7 +116,12 @@ def test_no_learning_rate_is_sent_unless_it_decays(tmp_path):
     assert not [config for _, config in outcome.configs if "lr-scale" in config]
 
 
-def test_link_times_are_kept_out_of_the_speed_when_asked(tmp_path):
+@pytest.mark.parametrize("asked, slow_messages, speed, link", [
+    (False, True, 1.4, 0.0), (True, False, 1.0, 8.0), (None, False, 1.4, 0.0), (None, True, 1.0, 8.0),
+])
+def test_link_times_are_kept_out_of_the_speed_when_asked_or_when_messages_are_slow(
+    tmp_path, monkeypatch, asked, slow_messages, speed, link
+):
     class Links:
         server_uplink_mbps = server_downlink_mbps = None
 
@@ -126,11 +131,11 @@ def test_link_times_are_kept_out_of_the_speed_when_asked(tmp_path):
         def upload_seconds(self, partition, task_index, num_bytes):
             return 3.0
 
-    for separate, speed, link in ((False, 1.4, 0.0), (True, 1.0, 8.0)):
-        strategy = FedCompass(link_estimate=separate)
-        run(strategy, [1.0], tmp_path / str(separate), task=Pull(TARGETS[:1]), updates=1, grid={"network": Links()})
-        record = strategy.schedule.clients[0]
-        assert (record.seconds_per_step, record.link_s) == pytest.approx((speed, link))
+    monkeypatch.setattr(VirtualGrid, "slow_messages", slow_messages, raising=False)
+    strategy = FedCompass(link_estimate=asked)
+    run(strategy, [1.0], tmp_path, task=Pull(TARGETS[:1]), updates=1, grid={"network": Links()})
+    record = strategy.schedule.clients[0]
+    assert (record.seconds_per_step, record.link_s) == pytest.approx((speed, link))
 
 
 def test_buffers_become_the_mean_of_the_group_s(tmp_path):

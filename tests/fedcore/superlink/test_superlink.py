@@ -1,0 +1,51 @@
+"""An exported app on a real SuperLink with two SuperNodes: the same strategies, the same clients, the same figures."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fedcore.export import export_app
+from fedcore.runs import Run
+from fedcore.simulations.run import simulate
+
+BIN = Path(sys.executable).parent
+EXPERIMENT = {
+    "task": "digits", "clients": {"count": 2}, "train": {"local_steps": 5, "lr": 0.1}, "stop": {"rounds": 3},
+    "seed": 4,
+}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600),
+              pytest.mark.skipif(not (BIN / "flwr").exists(), reason="Flower's commands are absent")]
+
+
+def exported(tmp_path: Path, **settings: object) -> tuple[Path, Path]:
+    """Write an experiment and its app; returns both."""
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(EXPERIMENT | settings))
+    return file, export_app(file, tmp_path / "app")
+
+
+def test_fedavg_ends_where_it_ends_in_virtual_time(flwr_run, tmp_path):
+    file, app = exported(tmp_path, strategy="fedavg")
+    result = flwr_run(app, "-c", f'out="{tmp_path / "run"}"')
+    assert (tmp_path / "run" / "summary.json").is_file(), result.stdout[-3000:] + result.stderr[-3000:]
+    theirs, ours = Run(tmp_path / "run"), simulate(file, out=tmp_path / "virtual")
+    assert theirs.summary["engine"] == "superlink"
+    assert (theirs.summary["versions"], theirs.summary["client_updates"]) == (3, 6)
+    for name, values in ours.model().items():
+        assert torch.allclose(values, theirs.model()[name], rtol=0, atol=1e-6), name
+    assert theirs.summary["final_accuracy"] == ours.summary["final_accuracy"] > 0.5
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_fedcompass_finishes_and_settings_can_be_changed_at_the_start_of_a_run(flwr_run, tmp_path):
+    _, app = exported(tmp_path, strategy={"name": "fedcompass", "min_local_steps": 5, "max_local_steps": 10})
+    result = flwr_run(app, "-c", f'out="{tmp_path / "run"}" set="train.lr=0.2 seed=5"')
+    assert (tmp_path / "run" / "summary.json").is_file(), result.stdout[-3000:] + result.stderr[-3000:]
+    run = Run(tmp_path / "run")
+    assert (run.config["train"]["lr"], run.config["seed"]) == (0.2, 5)
+    assert run.summary["stop_reason"] == "rounds"
+    assert run.summary["client_updates"] >= 6
+    assert run.summary["final_accuracy"] > 0.5
+    assert [client["num_examples"] > 100 for client in run.clients] == [True, True]
