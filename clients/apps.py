@@ -1,23 +1,30 @@
 """What every client of ours has in common: its actions, and the estimate of what a reply will cost."""
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
+from fedcore.clients.books import Limits
 from fedcore.clients.data import batches_per_pass
 from fedcore.clients.requests import KINDS, Request
+from fedcore.errors import ReleaseRefused
 from fedcore.feedback import ACTION
 from fedcore.flower import record_of
 from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
+from fedcore.privacy.wire import ACTION as PRIVATE_ACTION
 
 # A forward pass costs about a third of a training step.
 EVALUATIONS_PER_STEP = 3
 EVALUATE_METRICS = ("num-examples", "work-steps")
 # What replies to a query offer: `reply` in a request may be one of these.
 OFFER = ",".join(KINDS)
+
+
+# What one message is answered by.
+Answering = Callable[[Message, Context], Message]
 
 
 class Client(Protocol):
@@ -37,21 +44,41 @@ class Client(Protocol):
 class EstimatingApp(ClientApp):
     """A ClientApp of which a simulator can learn more than its replies.
 
+    Args:
+        private: it answers to nothing but queries and private requests, at nodes without limits too.
+
     Attributes:
         estimate: says what a reply will cost before it is computed; None with mods, which may change it.
         describe: says what a node answers to a query, without a query.
     """
 
-    def __init__(self, client: Client, mods: Sequence[Mod] | None = None):
+    def __init__(self, client: Client, mods: Sequence[Mod] | None = None, private: bool = False):
         super().__init__()
+        open_to_all = partial(_unless_private, private)
         self.estimate: Estimator | None = None if mods else client.estimate
         self.describe: Callable[[Context], RecordDict] = client.describe
-        self.train(mods=list(mods or []))(client.train)
+        self.train(mods=list(mods or []))(open_to_all(client.train))
         # Flower's mods are about training: its clipping mods fail on a message that brings no model back.
-        self.evaluate()(client.evaluate)
+        self.evaluate()(open_to_all(client.evaluate))
         self.query()(client.query)
         if (gradient := getattr(client, "gradient", None)) is not None:
-            self.train(ACTION, mods=list(mods or []))(gradient)
+            self.train(ACTION, mods=list(mods or []))(open_to_all(gradient))
+        if (answer := getattr(client, "private_answer", None)) is not None:
+            self.train(PRIVATE_ACTION, mods=list(mods or []))(answer)
+
+
+def _unless_private(always: bool, answering: Answering) -> Answering:
+    """Return an action that nodes with private records refuse: its replies are computed from them without noise."""
+
+    def guarded(message: Message, context: Context) -> Message:
+        if always or Limits.of(context.node_config).any:
+            raise ReleaseRefused(
+                f"This node's records are private, and {message.metadata.message_type!r} would answer with what was "
+                "computed from them without noise. It answers to train.diff2 and to queries."
+            )
+        return answering(message, context)
+
+    return guarded
 
 
 def echo(request: Request) -> dict[str, ConfigRecord]:

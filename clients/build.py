@@ -10,7 +10,7 @@ from fedcore.clients.task import PartitionedTask, Task
 from fedcore.clients.torch_client import torch_client
 from fedcore.config import Experiment
 from fedcore.errors import InvalidSetting
-from fedcore.registry import build
+from fedcore.registry import build, resolve
 
 # Of each client's examples, when clients evaluate and the experiment does not say how much.
 VALIDATION_SHARE = 0.1
@@ -63,4 +63,6 @@ def build_client(experiment: Experiment, task: Task | None = None) -> Estimating
     """
     task = build_task(experiment) if task is None else task
     mods = [mod for name, mod in CLIENT_MODS.items() if experiment.strategy_name == name]
-    return torch_client(task, train_settings(experiment), mods)
+    # A class of the user's own may say so too.
+    private = bool(getattr(resolve("strategies", experiment.strategy_name), "keeps_records_private", False))
+    return torch_client(task, train_settings(experiment), mods, private)

@@ -8,11 +8,13 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, echo_bytes, evaluation_steps
+from fedcore.clients.books import Limits
 from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
 from fedcore.clients.gradient import GradientRequest, answer, stochastic_gradient
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
+from fedcore.clients.private import PrivateClient
 from fedcore.clients.requests import Request, site_of
 from fedcore.clients.schedules import make_schedule
 from fedcore.clients.settings import TrainSettings
@@ -31,7 +33,7 @@ PROGRESS, STEPS_DONE = "fedcore.progress", "steps-done"
 
 
 def torch_client(
-    task: Task, settings: TrainSettings | None = None, mods: Sequence[Mod] | None = None
+    task: Task, settings: TrainSettings | None = None, mods: Sequence[Mod] | None = None, private: bool = False
 ) -> EstimatingApp:
     """Return a Flower ClientApp that trains a task.
 
@@ -42,18 +44,19 @@ def torch_client(
         task: anything with the methods of `Task`; a task with a `client_app` method supplies the app itself.
         settings: what requests leave open.
         mods: Flower's client mods for training, such as its clipping mods.
+        private: answer to nothing but queries and private requests, and say nothing of the labels.
     """
     settings = settings or TrainSettings()
     if hasattr(task, "client_app"):
         return task.client_app(settings)
-    return EstimatingApp(TorchClient(task, settings), mods)
+    return EstimatingApp(TorchClient(task, settings, private), mods, private)
 
 
 class TorchClient:
     """The work behind the app. All clients of a thread share one model's memory; nothing of a client stays behind."""
 
-    def __init__(self, task: Task, settings: TrainSettings):
-        self.task, self.settings = task, settings
+    def __init__(self, task: Task, settings: TrainSettings, private: bool = False):
+        self.task, self.settings, self.private = task, settings, private
         self.device = settings.torch_device
         self.optimizer = OptimizerFactory(settings.optimizer)
         self.schedule, self.schedule_unit = make_schedule(settings.schedule, settings.lr)
@@ -124,6 +127,17 @@ class TorchClient:
             content[BUFFERS] = ArrayRecord({name: Array(value.numpy()) for name, value in flat.buffers().items()})
         return reply_to(message, content)
 
+    def private_answer(self, message: Message, context: Context) -> Message:
+        """Reply with a clipped and noised vector about the site's records, or refuse (see `fedcore.clients.books`).
+
+        Raises:
+            EmptyClient, MalformedRequest: as for `train`.
+            ReleaseRefused: it is more than was agreed, or than the node's operator allows.
+            UnsupportedModel: a record's gradient depends on other records, or cannot be computed.
+        """
+        data = self._training_data(site_of(context))
+        return PrivateClient(self.task, self.flat, data, self.settings.batch_size, message, context).reply()
+
     def evaluate(self, message: Message, context: Context) -> Message:
         """Measure the received model on the site's validation data.
 
@@ -148,7 +162,8 @@ class TorchClient:
         if isinstance(partition, int):
             entries["partition-id"] = partition
         info: dict[str, str | list[int]] = {"kinds": OFFER}
-        labels = self.task.labels(site) if hasattr(self.task, "labels") else None
+        secret = self.private or Limits.of(context.node_config).any    # how many have which label says it of each
+        labels = self.task.labels(site) if hasattr(self.task, "labels") and not secret else None
         if labels is not None:
             info["labels"] = [int(count) for count in labels]
         records = {METRICS: record_of(MetricRecord, entries), INFO: record_of(ConfigRecord, info)}

@@ -24,6 +24,7 @@ class Entry(NamedTuple):
 _FLOWER = "flwr.serverapp.strategy"
 _FEEDBACK = "fedcore.strategies.error_feedback"
 _FLOWER_KIND = "rounds, from Flower"
+_PRIVATE = "fedcore.strategies.dp_baselines"
 _DP = f"{_FLOWER}:DifferentialPrivacy"
 
 STRATEGIES = {
@@ -37,6 +38,10 @@ STRATEGIES = {
     "ef14": Entry(f"{_FEEDBACK}:Ef14", "rounds", "Stich et al., 2018, arXiv:1809.07599"),
     "compressed_sgd": Entry(f"{_FEEDBACK}:CompressedSgd", "rounds", "Alistarh et al., 2017, arXiv:1610.02132"),
     "distributed_sgd": Entry(f"{_FEEDBACK}:DistributedSgd", "rounds", "Chen et al., 2016, arXiv:1604.00981"),
+    "diff2": Entry("fedcore.strategies.diff2:Diff2", "rounds", "Murata and Suzuki, 2023, arXiv:2302.03884"),
+    "dp_gd": Entry(f"{_PRIVATE}:DpGd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),
+    "dp_sgd": Entry(f"{_PRIVATE}:DpSgd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),
+    "dp_srm": Entry(f"{_PRIVATE}:DpSrm", "rounds", "Cutkosky and Orabona, 2019, arXiv:1905.10018"),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",

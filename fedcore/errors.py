@@ -195,3 +195,11 @@ class MalformedRequest(FedcoreError):
 
 class UnknownSite(BadInput):
     """A client does not know which data are its own."""
+
+
+class ReleaseRefused(FedcoreError):
+    """A request for something about private records that this client's operator, or the agreed budget, forbids."""
+
+
+class UnreadableLedger(BadInput):
+    """A ledger of privacy spending that cannot be read: what was spent is then unknown."""

@@ -25,6 +25,7 @@ class NodeInfo(NamedTuple):
     def context(self, state: RecordDict) -> Context:
         """Return a context around a node's state, which the client may change."""
         config: dict[str, Any] = {"partition-id": self.partition, "num-partitions": self.num_partitions}
+        config["simulated"] = True    # noise follows from the seed; anywhere else it must not
         return Context(RUN_ID, self.node_id, config, state, dict(self.run_config))
 
 

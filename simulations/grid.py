@@ -41,6 +41,8 @@ class VirtualGrid(Grid):
         run_config: what clients find in `context.run_config`.
     """
 
+    simulated = True    # noise follows from the seed; on any other grid it must not
+
     def __init__(
         self,
         app: ClientApp | AppFactory,

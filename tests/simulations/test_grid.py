@@ -160,8 +160,8 @@ def test_a_client_sees_its_node_and_the_run():
 
     make(app=answering(look), run_config={"lr": 0.5}).send_and_receive(requests(0, 2, 0))
     assert seen == {
-        1000: ({"partition-id": 0, "num-partitions": 3}, {"lr": 0.5}, 1),
-        1002: ({"partition-id": 2, "num-partitions": 3}, {"lr": 0.5}, 1),
+        1000: ({"partition-id": 0, "num-partitions": 3, "simulated": True}, {"lr": 0.5}, 1),
+        1002: ({"partition-id": 2, "num-partitions": 3, "simulated": True}, {"lr": 0.5}, 1),
     }
 
 

@@ -19,6 +19,7 @@ from fedcore.clock import Event
 from fedcore.feedback import ACTION
 from fedcore.hub import Hub
 from fedcore.payload import ARRAYS, METRICS
+from fedcore.privacy.wire import ACTION as PRIVATE_ACTION
 from fedcore.registry import build, names
 from fedcore.rounds import FlowerRounds
 from fedcore.simulations.grid import VirtualGrid
@@ -26,6 +27,7 @@ from fedcore.strategy import HubStrategy
 
 CLIENTS = 8    # one more than Bulyan needs, so that one may fail
 TIMES_S = [1.0 + 0.37 * client for client in range(CLIENTS)]
+PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 DP = {"strategy": "fedavg", "noise_multiplier": 0.1, "num_sampled_clients": CLIENTS}
 # Settings without which a strategy cannot be built, or would not do anything special.
 SETTINGS = {
@@ -36,6 +38,10 @@ SETTINGS = {
     "fedcompass": {"min_local_steps": 2, "max_local_steps": 6},
     "fedbuff": {"concurrency": 4},
     "qfedavg": {"client_learning_rate": 0.1, "train_loss_key": "loss"},
+    "diff2": {**PRIVATE, "restart_interval": 3},
+    "dp_gd": PRIVATE,
+    "dp_sgd": {**PRIVATE, "sample_rate": 0.5},
+    "dp_srm": {**PRIVATE, "noise_mode": "central"},
     "dp_server_fixed_clipping": {**DP, "clipping_norm": 1.0},
     "dp_client_fixed_clipping": {**DP, "clipping_norm": 1.0},
     "dp_server_adaptive_clipping": DP,
@@ -148,7 +154,8 @@ def modified(inner, mods):
     """Return a client app that applies mods to training."""
     app = ClientApp()
     app.train(mods=mods)(lambda message, context: inner(message, context))
-    app.train(ACTION, mods=mods)(lambda message, context: inner(message, context))
+    for action in (ACTION, PRIVATE_ACTION):
+        app.train(action, mods=mods)(lambda message, context: inner(message, context))
     app.evaluate()(lambda message, context: inner(message, context))
     app.query()(lambda message, context: inner(message, context))
     return app
