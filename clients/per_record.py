@@ -60,7 +60,7 @@ def record_gradients(task: Task, flat: FlatModule) -> Gradients:
             found: Tensor = each(params, inputs, targets)
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UnsupportedModel(f"Gradients of single records cannot be computed for this model: {reason}") from error
+            raise UnsupportedModel(f"Gradients of single records cannot be computed for it: {reason}") from error
         finally:
             module.train(was_training)
         return found.detach()

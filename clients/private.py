@@ -172,7 +172,8 @@ class PrivateClient:
     def _local_steps(self, direction: Tensor, release: Release) -> Tensor:
         """Return y_K after K steps from x along v, corrected by noised differences on batches; shape (d,).
 
-        u_k = u_{k-1} + mean_B clip(g_z(y_{k-1}) - g_z(y_{k-2}), C3 |y_{k-1} - y_{k-2}|) + noise;  y_k = y_{k-1} - eta u_k
+        u_k = u_{k-1} + mean_B clip(g_z(y_{k-1}) - g_z(y_{k-2}), C3 |y_{k-1} - y_{k-2}|) + noise
+        y_k = y_{k-1} - eta u_k
 
         Source: Murata and Suzuki, 2021, arXiv:2102.03198 (the routine), and 2023, arXiv:2302.03884 (its noise).
         """
@@ -219,7 +220,7 @@ class PrivateClient:
         if tally.dropped:
             _warn_once(f"Records of node {self.partition} have gradients that are not finite; they count as zero.")
         if self.asked.kind in (DIFFERENCE, STEPS) and tally.clipped > MUCH_CLIPPED * tally.records:
-            _warn_once(f"At node {self.partition} more than {MUCH_CLIPPED:.0%} of the records' differences are clipped: "
+            _warn_once(f"At node {self.partition} more than {MUCH_CLIPPED:.0%} of the differences are clipped: "
                        "clip_difference is too small, and what is cut off is never made up for.")
 
     def _packed(self, values: Tensor | None) -> Message:

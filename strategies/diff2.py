@@ -129,7 +129,8 @@ class Diff2(PrivateRounds):
         return Ask(
             # The plan has no noise for local steps where there are none that need any.
             budget.terms, self.exchanges, hub.seed, STEPS, budget.noise.get(LOCAL_STEPS, budget.noise[FULL]),
-            self.clip_gradient, self.clip_local, num_steps=self.local_steps, batch_size=self.local_batch_size, step_size=self.server_lr,
+            self.clip_gradient, self.clip_local, num_steps=self.local_steps, batch_size=self.local_batch_size,
+            step_size=self.server_lr,
         )
 
     def state_dict(self) -> dict[str, Any]:

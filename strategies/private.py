@@ -21,7 +21,17 @@ from fedcore.payload import ARRAYS, CONFIG, VectorRecord
 from fedcore.privacy.accounting import Release, Spending
 from fedcore.privacy.ledger import LEDGER_FILE, Ledger
 from fedcore.privacy.mechanism import CENTRAL, DISTRIBUTED, NEIGHBOURING, NOISE_MODES, mean_std, noise
-from fedcore.privacy.wire import DIFFERENCE, GRADIENT, MIXTURE, PREVIOUS, PRIVATE, Ask, Contribution, digest, read_contribution
+from fedcore.privacy.wire import (
+    DIFFERENCE,
+    GRADIENT,
+    MIXTURE,
+    PREVIOUS,
+    PRIVATE,
+    Ask,
+    Contribution,
+    digest,
+    read_contribution,
+)
 from fedcore.rounds import RoundStrategy
 from fedcore.seeds import torch_generator
 from fedcore.strategies.private_plan import BETWEEN, FULL, LOCAL_STEPS, Budget, Schedule, make_budget
@@ -182,8 +192,8 @@ class PrivateRounds(RoundStrategy):
                 self.spent[partition] = self.spent.get(partition, Spending()).plus(release)
             self.exchanges = max(self.exchanges, entry["exchange"] + 1)
         self.estimate, self.entries = None, len(self.ledger.entries)
-        hub.warn(f"The ledger holds {lost} releases that this checkpoint does not know of. They count as spent, and the "
-                 "next round asks for full gradients.")
+        hub.warn(f"The ledger holds {lost} releases that this checkpoint does not know of. They count as spent, and "
+                 "the next round asks for full gradients.")
 
     # ---- a round ----------------------------------------------------------------------------------------------------
 
@@ -250,8 +260,8 @@ class PrivateRounds(RoundStrategy):
             return False
         self.spent |= after
         self.ledger.append({
-            "exchange": self.exchanges - (kind == LOCAL_STEPS), "kind": kind, "noise_multiplier": release.noise_multiplier,
-            "sample_rate": release.sample_rate, "times": release.times, "clients": list(partitions),
+            "exchange": self.exchanges - (kind == LOCAL_STEPS), "kind": kind, "clients": list(partitions),
+            "noise_multiplier": release.noise_multiplier, "sample_rate": release.sample_rate, "times": release.times,
             "mu_squared": max(spending.mu_squared for spending in after.values()),
         })
         self.entries = len(self.ledger.entries)

@@ -13,6 +13,7 @@ Source: Balle and Wang, 2018, arXiv:1805.06530, theorem 8; Dong, Roth and Su, 20
 arXiv:1905.02383, corollary 2.13 and corollary 3.3. Sampled releases: dp-accounting's privacy loss distributions.
 """
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,9 +26,13 @@ from fedcore.errors import InvalidSetting
 
 # A planned schedule adds up to its budget, but not to the last bit.
 SLACK = 1e-9
-# Relative accuracy of the noise found for sampled releases, and of what counts as within their budget.
+# Relative accuracy of the noise found for sampled releases.
 SAMPLED_ACCURACY = 1e-3
 BISECTIONS = 200
+# Of the logarithm of a noise multiplier, searched from its central limit.
+BRACKET = 0.05
+LEAST_SAMPLED_NOISE = 0.4
+FINE_GRID, COARSE_GRID = 1e-4, 1e-3
 
 
 def delta_of(mu: float, epsilon: float) -> float:
@@ -165,16 +170,21 @@ def _most_sampled(noise_multiplier: float, sample_rate: float, epsilon: float, d
 
 
 @lru_cache(maxsize=256)
-def sampled_epsilon(mu_squared: float, sampled: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
+def sampled_epsilon(
+    mu_squared: float, sampled: tuple[tuple[tuple[float, float], int], ...], delta: float, grid: float = FINE_GRID
+) -> float:
     """Return the epsilon of sampled releases together with others of `mu_squared`, by privacy loss distributions.
 
     The neighbouring relation handed over is the library's default, and the multipliers are bare: asked for
     replace-one, it would double the sensitivity of one kind of event and leave another's as it is.
+
+    Args:
+        grid: of privacy losses, which are rounded up to it: a coarse one is fast, and errs on the safe side.
     """
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=grid)
     if mu_squared > 0:
         accountant.compose(GaussianDpEvent(1 / math.sqrt(mu_squared)))
     for (noise_multiplier, rate), times in sampled:
@@ -182,37 +192,28 @@ def sampled_epsilon(mu_squared: float, sampled: tuple[tuple[tuple[float, float],
     return float(accountant.get_epsilon(delta))
 
 
-def renyi_epsilon(release: Release, delta: float) -> float:
-    """Return an upper bound of sampled releases' epsilon, which costs little: the Renyi accountant's."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant()
-    event = PoissonSampledDpEvent(release.sample_rate, GaussianDpEvent(release.noise_multiplier))
-    return float(accountant.compose(event, release.times).get_epsilon(delta))
-
-
 @lru_cache(maxsize=64)
 def noise_for_sampled(epsilon: float, delta: float, sample_rate: float, times: int) -> float:
     """Return the noise multiplier with which so many sampled releases are (epsilon, delta) private.
 
     Raises:
-        InvalidSetting: no noise in the range that can be computed with will do.
+        InvalidSetting: it would be so small that there is nothing to compute with.
     """
-    def excess(log_noise: float, exact: bool) -> float:
-        release = Release(math.exp(log_noise), sample_rate, times)
-        return math.log((plan((release,)).epsilon(delta) if exact else renyi_epsilon(release, delta)) / epsilon)
+    def excess(log_noise: float, grid: float = COARSE_GRID) -> float:
+        found = sampled_epsilon(0.0, (((math.exp(log_noise), sample_rate), times),), delta, grid)
+        return math.log(max(found, sys.float_info.min) / epsilon)
 
-    low, high = math.log(0.1), math.log(1e4)
-    if excess(high, exact=False) > 0 or excess(low, exact=False) < 0:
-        raise InvalidSetting("epsilon", epsilon, "one that a noise multiplier from 0.1 to 10,000 gives",
-                             f"There are {times} releases with sample_rate={sample_rate:g}.")
-    # The Renyi accountant's answer is on the safe side of the exact one, and near it.
-    bound = brentq(excess, low, high, args=(False,), xtol=SAMPLED_ACCURACY)
-    lower = bound
-    while excess(lower, exact=True) < 0:
-        lower -= 0.1
-    found = brentq(excess, lower, bound + SAMPLED_ACCURACY, args=(True,), xtol=SAMPLED_ACCURACY)
-    while excess(found, exact=True) > 0:
+    # The central limit of many sampled releases has mu^2 = q^2 n (exp(1/z^2) - 1): good enough to begin with.
+    start = -0.5 * math.log(math.log1p((mu_of(epsilon, delta) / sample_rate) ** 2 / times))
+    if start < math.log(LEAST_SAMPLED_NOISE):
+        raise InvalidSetting("epsilon", epsilon, "smaller", f"With {times} samples at sample_rate={sample_rate:g} it "
+                             "asks for hardly any noise, and the accounting of samples then takes for ever.")
+    low, high = start - BRACKET, start + BRACKET
+    while excess(low) < 0:
+        low -= BRACKET
+    while excess(high) > 0:
+        high += BRACKET
+    found = brentq(excess, low, high, xtol=SAMPLED_ACCURACY)
+    while excess(found, FINE_GRID) > 0:
         found += SAMPLED_ACCURACY
     return math.exp(found)
