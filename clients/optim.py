@@ -27,9 +27,13 @@ IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
 class LocalOptimizer(Protocol):
-    """Updates parameters in place; its state lives as long as one task."""
+    """Updates parameters in place; its state lives as long as one task, or as a peer's run."""
 
     def step(self, gradients: tuple[Tensor, ...], lr: float) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Sgd:
@@ -58,6 +62,14 @@ class Sgd:
         else:
             torch_sgd(self._tensors, list(gradients), self._momenta, foreach=True, lr=lr, **self._settings)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the momenta."""
+        return {"momenta": [None if momentum is None else momentum.clone() for momentum in self._momenta]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._momenta = [None if momentum is None else momentum.clone() for momentum in state["momenta"]]
+
 
 class TorchOptimizer:
     """Any other optimizer with the interface of torch.optim."""
@@ -74,6 +86,17 @@ class TorchOptimizer:
         self._optimizer.step()
         for parameter in self._parameters:
             parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the optimizer's memory, by the parameters' positions."""
+        memory = self._optimizer.state_dict()["state"]
+        return {"state": {position: {name: value.clone() if isinstance(value, Tensor) else value
+                                     for name, value in entries.items()} for position, entries in memory.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 class OptimizerFactory:

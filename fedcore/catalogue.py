@@ -10,7 +10,7 @@ class Entry(NamedTuple):
 
     Attributes:
         target: where it is, `module:Class`.
-        kind: strategies only: who decides what happens when (`rounds`, `events`), and whose code it is.
+        kind: strategies only: who decides what happens when (`rounds`, `events`, `peers`), and whose code it is.
         paper: where it was published.
         summary: what it does, when its own docstring does not say so in one line.
     """
@@ -42,6 +42,7 @@ STRATEGIES = {
     "dp_gd": Entry(f"{_PRIVATE}:DpGd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),
     "dp_sgd": Entry(f"{_PRIVATE}:DpSgd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),
     "dp_srm": Entry(f"{_PRIVATE}:DpSrm", "rounds", "Cutkosky and Orabona, 2019, arXiv:1905.10018"),
+    "noloco": Entry("fedcore.strategies.noloco:NoLoCo", "peers", "Kolehmainen et al., 2025, arXiv:2506.10911"),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",

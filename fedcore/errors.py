@@ -203,3 +203,14 @@ class ReleaseRefused(FedcoreError):
 
 class UnreadableLedger(BadInput):
     """A ledger of privacy spending that cannot be read: what was spent is then unknown."""
+
+
+class PeerLost(FedcoreError):
+    """A peer that is waited for will never answer again."""
+
+    def __init__(self, rank: int):
+        super().__init__(f"Peer {rank} is gone and will not answer any more.")
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.rank,)

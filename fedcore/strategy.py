@@ -19,7 +19,48 @@ from fedcore.vectors import Model
 logger = logging.getLogger("fedcore")
 
 
-class HubStrategy(Strategy):
+class OwnStrategy(Strategy):
+    """Base of our strategies: each is a Flower `Strategy` that decides by itself what happens when."""
+
+    def check_clients(self, count: int) -> None:
+        """Raise `InvalidSetting` where the settings do not suit so many clients; asked before a run begins."""
+
+    def summary(self) -> None:
+        """Log the strategy's name."""
+        logger.info("Strategy %s", type(self).__name__)
+
+    # Flower's driver calls these; ours does not. They exist because Flower's base class is abstract.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used: this strategy decides by itself."""
+        raise self._no_hooks()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not used: this strategy decides by itself."""
+        raise self._no_hooks()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used: this strategy decides by itself."""
+        raise self._no_hooks()
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Not used: this strategy decides by itself."""
+        raise self._no_hooks()
+
+    def _no_hooks(self) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} is not a strategy of configure and aggregate calls, so it cannot be wrapped by "
+            "one; call its start()."
+        )
+
+
+class HubStrategy(OwnStrategy):
     """Base of `EventStrategy` and `RoundStrategy`."""
 
     @abstractmethod
@@ -34,16 +75,9 @@ class HubStrategy(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
 
-    def check_clients(self, count: int) -> None:
-        """Raise `InvalidSetting` where the settings do not suit so many clients; asked before a run begins."""
-
     def summary_figures(self) -> dict[str, float | int | str | None]:
         """Return what the run's summary says of this method beyond what it says of every one, e.g. `epsilon`."""
         return {}
-
-    def summary(self) -> None:
-        """Log the strategy's name."""
-        logger.info("Strategy %s", type(self).__name__)
 
     def start(
         self,
@@ -92,36 +126,6 @@ class HubStrategy(Strategy):
         self.drive(Session(hub, self))
         result.arrays = ArrayRecord(dict(VectorRecord(hub.model)))
         return result
-
-    # Flower's driver calls these; ours calls `drive`. They exist because Flower's base class is abstract.
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Not used: this strategy decides through its hub."""
-        raise self._no_hooks()
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Not used: this strategy decides through its hub."""
-        raise self._no_hooks()
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Not used: this strategy decides through its hub."""
-        raise self._no_hooks()
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Not used: this strategy decides through its hub."""
-        raise self._no_hooks()
-
-    def _no_hooks(self) -> TypeError:
-        return TypeError(
-            f"{type(self).__name__} is not a strategy of configure and aggregate calls, so it cannot be wrapped by "
-            "one; call its start()."
-        )
 
 
 def _log_row(row: Row) -> None:

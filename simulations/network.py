@@ -59,6 +59,27 @@ class Network:
             seconds *= jitter_factor(self.jitter, self.seed, direction, partition, task_index)
         return seconds
 
+    def between(self, source: int, to: int, message_index: int, num_bytes: int) -> tuple[float, float]:
+        """Return how long a message from one node to another takes to send, and then to arrive, seconds.
+
+        It is sent as fast as the sender's uplink and the receiver's downlink allow; its latency is the mean of both
+        nodes'.
+
+        Args:
+            message_index: how many messages the sender has sent before.
+        """
+        latency = 0.5 * (self._latency.of(source) + self._latency.of(to))
+        sending = num_bytes * self.seconds_per_byte(source, to)
+        if self.jitter and (latency or sending):
+            factor = jitter_factor(self.jitter, self.seed, "peers", source, to, message_index)
+            return sending * factor, latency * factor
+        return sending, latency
+
+    def seconds_per_byte(self, source: int, to: int) -> float:
+        """Return what a byte takes from one node to another, before jitter."""
+        limits = [values.of(node) for values, node in ((self._up, source), (self._down, to)) if values is not None]
+        return SECONDS_PER_BYTE_AT_1_MBPS / min(limits) if limits else 0.0
+
     @classmethod
     def from_settings(cls, section: Mapping[str, Any] | None, seed: int, num_nodes: int,
                       path: str = "simulation.network") -> "Network":

@@ -14,6 +14,7 @@ from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput
 from fedcore.launch import Launch, new_folder, one_torch_thread, quiet_flower
 from fedcore.options import RunOptions
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import CLIENTS_FILE, CONFIG_FILE, Listener, plain, write_atomically
 from fedcore.runs import Run
 from fedcore.session import Session
@@ -22,6 +23,7 @@ from fedcore.simulations.devices import Devices
 from fedcore.simulations.failures import Failures
 from fedcore.simulations.grid import VirtualGrid
 from fedcore.simulations.network import Network
+from fedcore.simulations.peers import PeerSimulation
 
 logger = logging.getLogger("fedcore")
 
@@ -74,7 +76,10 @@ def simulate(
     else:
         settings = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
         folder = new_folder(out, settings)
+    strategy = settings.build_strategy()
     with one_torch_thread(), quiet_flower():
+        if isinstance(strategy, PeerStrategy):
+            return PeerSimulation(settings, strategy, folder, on_row).run(resuming=resume is not None)
         return Simulation(settings, folder, workers, on_row).run(resuming=resume is not None)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, echo_bytes, evaluation_steps
 from fedcore.clients.data import Dataset, Samples, batches_per_pass
+from fedcore.clients.peer_training import IdlePeers
 from fedcore.clients.requests import Request
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site
@@ -72,6 +73,10 @@ class Simulated:
     def client_app(self, settings: TrainSettings) -> EstimatingApp:
         """Return clients that compute nothing."""
         return EstimatingApp(SimulatedClient(self, settings))
+
+    def peer_training(self, settings: TrainSettings, seed: int) -> IdlePeers:
+        """Return peers that compute nothing."""
+        return IdlePeers(self.examples)
 
 
 class SimulatedClient:

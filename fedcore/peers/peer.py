@@ -1,0 +1,360 @@
+"""A node of a run without a server: what its strategy can do."""
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedcore.errors import PeerLost
+from fedcore.peers.counters import Counters, Offers
+from fedcore.peers.envelope import Envelope, Payload, named
+from fedcore.peers.mailbox import Mailbox
+from fedcore.peers.meeting import Apply, Meeting, Offer, Turn
+from fedcore.peers.seams import Board, Labour, Reduced, Wire
+from fedcore.peers.steps import Steps, as_plain
+from fedcore.peers.ticks import Ticks
+from fedcore.seeds import torch_generator
+
+S = TypeVar("S")
+
+
+class Peer:
+    """One peer, as its strategy sees it.
+
+    Tensors are values: nothing here writes into a tensor that was handed in or out, and neither may a strategy.
+
+    Attributes:
+        rank: this peer's number, which also says whose data it holds.
+        members: ranks of all who take part in this step, ascending, this peer's included.
+        epoch: counts the changes of `members`.
+        seed: of the run.
+        step: the present step, from 0.
+        params: this peer's model, shape (d,). Set it to a new tensor to change it; it is what is evaluated.
+        buffers: values of the model that are not trained; each peer keeps its own.
+        num_examples: training examples that this peer holds.
+        counters: what it has done so far.
+        clocks: position of each Poisson clock.
+    """
+
+    def __init__(
+        self, rank: int, seed: int, params: Tensor, buffers: Mapping[str, Tensor], *, run: str, labour: Labour,
+        wire: Wire, board: Board, num_examples: int = 1,
+    ):
+        self.rank, self.seed, self.run, self.num_examples = rank, seed, run, num_examples
+        self.params, self.buffers = params, buffers
+        self.members: tuple[int, ...] = (rank,)
+        self.epoch, self.step = 0, -1
+        self.labour, self.wire, self.board = labour, wire, board
+        self.counters = Counters()
+        self.clocks: dict[str, tuple[int, float | None]] = {}
+        self.mailbox = Mailbox(run)
+        self.loss = float("nan")     # of the latest training
+        self.turn = Turn()
+        self._meetings: dict[str, Meeting] = {}
+        self._pending: dict[tuple[str, int], tuple[dict[str, Any], asyncio.Future[Reduced]]] = {}
+        self._restored: Any = None
+        self._spawned: list[asyncio.Task[Any]] = []
+        self._unfinished: list[dict[str, Any]] = []    # reductions to take up again
+        self._reported = False                         # whether the present step had its safe point
+
+    # ---- time and randomness ----------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return self.board.now
+
+    @property
+    def finished(self) -> bool:
+        """Whether the present step is over, for strategies that stop by time."""
+        return self.board.now >= self.board.ends_at
+
+    def rng(self, *purpose: int | str) -> torch.Generator:
+        """Return a generator that follows from the run's seed, this peer and a purpose; the same at every call."""
+        return torch_generator(self.seed, self.rank, "peer", *purpose)
+
+    def ticks(self, rate: float, *purpose: int | str) -> Ticks:
+        """Return a Poisson clock: `async for at in peer.ticks(2.0, "gradient")`; it ends with the present step.
+
+        Args:
+            rate: expected ticks per second.
+        """
+        return Ticks(self, rate, purpose or ("clock",))
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for so many seconds of the run's clock."""
+        await self.board.sleep_until(self.rank, self.board.now + seconds)
+
+    # ---- steps and what survives a restart --------------------------------------------------------------------------
+
+    def steps(self) -> Steps:
+        """Return the steps of the run: `async for step in peer.steps()`.
+
+        Here, and only here, membership changes and the run ends. For strategies that stop by time a step is a span of
+        time, and all peers begin it together.
+        """
+        return Steps(self)
+
+    async def safe_point(self, state: Any = None) -> None:
+        """End the present step; a checkpoint may be taken here, and nowhere else.
+
+        Args:
+            state: what `restore` is to return after a restart: a dataclass or a mapping whose values a checkpoint can
+                hold (tensors, numbers, strings, None, and containers of these); or a function that returns it, called
+                once all meetings are settled (strategies that stop by time need that: a partner may commit late; the
+                function may set `params`, too). Model, optimizer, clocks, counters and reductions under way are kept
+                besides.
+        """
+        await self.board.report(self, lambda: as_plain(state() if callable(state) else state))
+        self._reported = True
+
+    def restore(self, kind: Callable[..., S]) -> S | None:
+        """Return the state of the last safe point, or that which a newcomer starts from; None at a fresh start.
+
+        Args:
+            kind: called with the state's fields as arguments, e.g. the dataclass itself.
+        """
+        return None if self._restored is None else kind(**self._restored)
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """Return everything of this peer that must survive a restart, `state` being its strategy's own."""
+        pending = [dict(inputs) for inputs, future in self._pending.values()]
+        return {
+            "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
+            "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
+            "pending": pending, "at": self.now, "counters": self.counters.as_dict(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; reductions under way begin again, with their inputs."""
+        self._restored, self.params, self.buffers = saved["state"], saved["params"], saved["buffers"]
+        self.step, self.clocks = saved["step"], dict(saved["clocks"])
+        self.labour.load_state_dict(saved["labour"])
+        self.wire.load_state_dict(self.rank, saved["wire"])
+        self.counters = Counters(**saved["counters"])
+        self._unfinished = list(saved["pending"])
+
+    def resume(self) -> None:
+        """Take up the reductions that were under way; once the run's clock stands where it stood."""
+        for inputs in self._unfinished:
+            self._reduce(**inputs)
+        self._unfinished = []
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    async def train(self, steps: int) -> None:
+        """Make local optimizer steps on `params`; the new values are in `params` afterwards, and not before."""
+        trained = await self._work(steps, self.labour.train(self.params, self.buffers, steps))
+        self.params, self.buffers, self.loss = trained
+
+    async def gradient(self, at: Tensor | None = None) -> Tensor:
+        """Return a stochastic gradient at `at` (or at `params`), shape (d,); every call takes the next batch."""
+        gradient, self.loss = await self._work(
+            1, self.labour.gradient(self.params if at is None else at, self.buffers))
+        return gradient
+
+    async def displacement(self, at: Tensor | None = None, gradient: Tensor | None = None) -> Tensor:
+        """Return what the local optimizer's next step would subtract from `at` (or `params`), shape (d,).
+
+        The optimizer's memory takes the step; the model does not.
+
+        Args:
+            gradient: of the step; None: a stochastic one at `at`, from the next batch.
+        """
+        subtracted, loss = await self._work(
+            gradient is None, self.labour.displacement(self.params if at is None else at, self.buffers, gradient))
+        if gradient is None:
+            self.loss = loss
+        return subtracted
+
+    async def _work(self, gradients: int, work: Awaitable[S]) -> S:
+        began = self.board.now
+        result = await work
+        self.counters.compute_s += self.board.now - began
+        self.counters.gradients += gradients
+        self.counters.updates += 1
+        return result
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def send(
+        self, to: int, payload: Payload, tag: str = "message", round: int | None = None
+    ) -> "asyncio.Future[bool]":
+        """Send a message; the future becomes True when it has been delivered, False when it never will be."""
+        return self.post(to, "message", tag, self.step if round is None else round, payload)
+
+    async def receive(self, sender: int, tag: str = "message", round: int | None = None) -> Payload:
+        """Wait for a message that was sent with the same tag and round.
+
+        Raises:
+            PeerLost: the sender will never answer again.
+        """
+        envelope = await self._expect("message", tag, self.step if round is None else round, sender)
+        if envelope is None:
+            raise PeerLost(sender)
+        self.counters.bytes_received += envelope.num_bytes
+        return envelope.payload
+
+    async def exchange(
+        self, group: Sequence[int], payload: Payload, *, tag: str = "exchange", round: int | None = None,
+        timeout_s: float | None = None, need_all: bool = False,
+    ) -> Offers:
+        """Send a payload to everybody in a group and wait for theirs.
+
+        Args:
+            group: ranks; this peer's own may be among them.
+            tag, round: name the conversation (round: the present step, unless given).
+            timeout_s: who has not answered, and acknowledged, within so many seconds is left out; None waits for all
+                that live.
+            need_all: raise instead of leaving anybody out.
+
+        Raises:
+            PeerLost: with `need_all`, when somebody is left out.
+        """
+        round = self.step if round is None else round
+        others = [rank for rank in group if rank != self.rank]
+        posted = {rank: self.post(rank, "exchange", tag, round, payload) for rank in others}
+        awaited = {rank: self._expect("exchange", tag, round, rank) for rank in others}
+        timer = None
+        if timeout_s is not None and others:
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, tag, round, others, posted)
+        received: dict[int, Payload] = {self.rank: payload}
+        for rank in others:
+            envelope, delivered = await awaited[rank], await posted[rank]
+            # Counted when it is used: what comes early belongs to a later step.
+            self.counters.bytes_received += 0 if envelope is None else envelope.num_bytes
+            if envelope is not None and delivered:
+                received[rank] = envelope.payload
+            elif envelope is not None:
+                self.counters.asymmetric_exchanges += 1
+        if timer is not None:
+            timer.cancel()
+        offers = Offers(sorted(received.items()))
+        offers.missing = tuple(rank for rank in sorted(others) if rank not in received)
+        self.counters.silent += len(offers.missing)
+        self.counters.exchanges += len(received) > 1
+        if need_all and offers.missing:
+            raise PeerLost(offers.missing[0])
+        return offers
+
+    def _time_out(
+        self, tag: str, round: int, others: list[int], posted: "Mapping[int, asyncio.Future[bool]]"
+    ) -> None:
+        self.mailbox.give_up("exchange", tag, round, others)
+        for future in posted.values():
+            if not future.done():
+                future.set_result(False)
+
+    def meeting(
+        self, tag: str, offer: Offer, apply: Apply, timeout_s: float, exclusive: bool = True
+    ) -> Meeting:
+        """Return a kind of pairwise exchange that happens at both ends or at neither; see `Meeting`.
+
+        It answers other peers' proposals from now on; every peer of the run must make the same meetings.
+        """
+        if tag not in self._meetings:
+            self._meetings[tag] = Meeting(self, tag, offer, apply, timeout_s, exclusive)
+        else:
+            self._meetings[tag].rebind(offer, apply, timeout_s)
+        return self._meetings[tag]
+
+    def all_reduce(
+        self, vector: Tensor, *, tag: str = "mean", round: int | None = None, weight: float = 1.0
+    ) -> "asyncio.Future[Reduced]":
+        """Contribute to a mean over all members, starting now; await the result when it is needed.
+
+        Asked again for a reduction that is under way, also after a restart, this returns it.
+
+        Args:
+            vector: shape (d,), of equal length at all members; it is not written to, and must not be.
+            weight: of this peer's vector, above 0.
+
+        Returns:
+            A future of (mean, contributors), the same at all members.
+        """
+        round = self.step if round is None else round
+        if (tag, round) in self._pending:
+            return self._pending[tag, round][1]
+        return self._reduce(tag, round, vector, weight, self.now, charged=False)
+
+    def reduction(self, tag: str = "mean", round: int | None = None) -> "asyncio.Future[Reduced] | None":
+        """Return a reduction that is under way, also one begun before a restart; None when there is none."""
+        found = self._pending.get((tag, self.step if round is None else round))
+        return None if found is None else found[1]
+
+    def _reduce(
+        self, tag: str, round: int, vector: Tensor, weight: float, began: float, charged: bool
+    ) -> "asyncio.Future[Reduced]":
+        sent = self.counters.bytes_sent, self.counters.bytes_received
+        future = self.wire.all_reduce(self, vector, tag, round, weight, began)
+        if charged:    # before the restart
+            self.counters.bytes_sent, self.counters.bytes_received = sent
+        else:
+            self.counters.exchanges += 1
+        inputs = {"tag": tag, "round": round, "vector": vector, "weight": weight, "began": began, "charged": True}
+        self._pending[tag, round] = (inputs, future)
+        future.add_done_callback(lambda _: self._pending.pop((tag, round), None))
+        return future
+
+    # ---- below the strategy -------------------------------------------------------------------------------------
+
+    def post(
+        self, to: int, kind: str, tag: str, round: int, payload: Payload, meta: Mapping[str, Any] | None = None
+    ) -> "asyncio.Future[bool]":
+        """Send an envelope of any kind."""
+        envelope = Envelope(self.run, self.epoch, kind, tag, round, self.rank, named(payload), meta or {})
+        self.counters.bytes_sent += envelope.num_bytes
+        return self.wire.post(to, envelope)
+
+    def take(self, envelope: Envelope) -> str | None:
+        """Accept an envelope from the wire; returns why it was not used, if it was not."""
+        if envelope.kind == "meeting" and envelope.tag in self._meetings and envelope.run == self.run:
+            self.counters.bytes_received += envelope.num_bytes
+            refused = self._meetings[envelope.tag].take(envelope)
+        else:
+            refused = self.mailbox.take(envelope)
+        if refused is not None:
+            self.counters.refused += 1
+            if refused != "second or late":
+                self.log(refused_from=envelope.source, reason=refused, tag=envelope.tag)
+        return refused
+
+    def lose(self, rank: int) -> None:
+        """Take note that a peer is gone for good: whoever waits for it waits no longer."""
+        self.mailbox.lose(rank)
+        for meeting in self._meetings.values():
+            meeting.lose(rank)
+
+    def _expect(self, kind: str, tag: str, round: int, source: int) -> "asyncio.Future[Envelope | None]":
+        future: asyncio.Future[Envelope | None] = asyncio.get_running_loop().create_future()
+        self.mailbox.expect(kind, tag, round, source, future)
+        return future
+
+    @property
+    def meetings_open(self) -> bool:
+        """Whether some pairwise exchange is not settled yet."""
+        return any(meeting.is_open for meeting in self._meetings.values())
+
+    async def settle_meetings(self) -> None:
+        """Wait until all pairwise exchanges that this peer takes part in are settled."""
+        for meeting in self._meetings.values():
+            await meeting.drain()
+
+    # ---- besides ------------------------------------------------------------------------------------------------
+
+    def log(self, **figures: Any) -> None:
+        """Write figures of this peer into the run's metrics."""
+        self.board.log(self, figures)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, S]) -> "asyncio.Task[S]":
+        """Let a coroutine run beside the strategy's own; it is cancelled when the strategy ends."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._spawned.append(task)
+        return task
+
+    def close(self) -> None:
+        """Cancel what was spawned."""
+        for task in self._spawned:
+            task.cancel()
+        self._spawned = []

@@ -1,0 +1,86 @@
+"""The ring all-reduce: in which order it adds, and how long it takes.
+
+The vector is cut into as many chunks as there are members. Each chunk travels around the ring, and every member adds
+its own part; then the sums travel around once more. Member c begins with chunk c, so the terms of a chunk are added in
+ring order, beginning with member c. Nothing else may change the order, or the bits would differ between engines.
+
+Source: Patarasuk and Yuan, 2009, J. Parallel Distrib. Comput. 69(2), section 3.
+"""
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore.peers.envelope import ALONE, payload_bytes
+
+# Up to so many bytes the contributions are stacked, which is faster for many members and short chunks.
+MOST_STACKED_BYTES = 1 << 28
+LONG_CHUNK = 4096
+
+
+def chunk_bounds(num_elements: int, count: int) -> list[tuple[int, int]]:
+    """Return start and end of each chunk; the first ones are longer by one where the division leaves a rest."""
+    short, longer = divmod(num_elements, count)
+    ends = [(index + 1) * short + min(index + 1, longer) for index in range(count)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def ring_sum(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of vectors, each of shape (d,), with the bits of a ring all-reduce over them in this order."""
+    count, size = len(vectors), len(vectors[0])
+    if count == 1:
+        return vectors[0].clone()
+    if size >= LONG_CHUNK * count or vectors[0].nbytes * count > MOST_STACKED_BYTES:
+        return _sum_by_chunks(vectors)
+    length = -(-size // count)
+    # Row i of the table is member i's vector, cut into chunks and filled up to equal length.
+    table = torch.zeros(count, count, length, dtype=vectors[0].dtype)
+    bounds = chunk_bounds(size, count)
+    longer = size % count
+    stacked = torch.stack(list(vectors))
+    split = longer * length
+    table[:, :longer, :] = stacked[:, :split].view(count, longer, length)
+    if size > split:
+        table[:, longer:, :bounds[-1][1] - bounds[-1][0]] = stacked[:, split:].view(count, count - longer, -1)
+    chunks = torch.arange(count)
+    total = table[chunks, chunks]
+    for hop in range(1, count):
+        total += table[(chunks + hop) % count, chunks]
+    parts = [total[:longer].reshape(-1), total[longer:, :bounds[-1][1] - bounds[-1][0]].reshape(-1)]
+    return torch.cat(parts)
+
+
+def _sum_by_chunks(vectors: Sequence[Tensor]) -> Tensor:
+    count = len(vectors)
+    total = torch.empty_like(vectors[0])
+    for chunk, (start, end) in enumerate(chunk_bounds(len(total), count)):
+        part = total[start:end]
+        part.copy_(vectors[chunk][start:end])
+        for hop in range(1, count):
+            part += vectors[(chunk + hop) % count][start:end]
+    return total
+
+
+def ring_bytes(vector: Tensor, count: int) -> int:
+    """Return how many bytes each member sends, and receives, in one all-reduce."""
+    if count == 1:
+        return 0
+    longest = -(-len(vector) // count)
+    return 2 * (count - 1) * (payload_bytes({ALONE: vector[:longest]}))
+
+
+def ring_times(began: Sequence[float], hop_seconds: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Return when each member has the result, shape (members,).
+
+    A member sends its next chunk once it has received the one before; the links work at the same time.
+
+    Args:
+        began: when each member contributed, seconds, in ring order.
+        hop_seconds: given the number of the hop, how long a chunk travels from each member to the next, shape
+            (members,).
+    """
+    ready = np.array(began, dtype=np.float64)
+    for hop in range(2 * (len(ready) - 1)):
+        ready = np.maximum(ready, np.roll(ready + hop_seconds(hop), 1))
+    return ready

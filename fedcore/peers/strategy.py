@@ -1,0 +1,61 @@
+"""The base of algorithms that run on every node and talk to each other."""
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from fedcore.errors import BadInput
+from fedcore.peers.peer import Peer
+from fedcore.strategy import OwnStrategy
+
+
+class PeerStrategy(OwnStrategy):
+    """An algorithm as one coroutine, which runs on every peer and reads like the paper's listing.
+
+    One object holds the settings and serves all peers of a process: what belongs to a peer lives in the coroutine, and
+    what must survive a restart goes through `peer.safe_point`.
+
+    Attributes:
+        by_time: whether peers go at their own pace and all stop at one time; else the run consists of steps, and ends
+            after one that was announced to all before any had begun it. A limit of each peer's own would let fast peers
+            leave early and pull the consensus towards the data of the slow ones.
+    """
+
+    by_time: ClassVar[bool] = False
+
+    @abstractmethod
+    async def run(self, peer: Peer) -> None:
+        """Take part in a run, from its first step (or the one after `peer.restore`'s) to its last."""
+
+    def newcomer(self, state: Any) -> Any:
+        """Return the state from which a peer starts that comes later, made from that of a living one, a mapping.
+
+        It starts with the living one's model, with an optimizer and clocks of its own.
+        """
+        return state
+
+    def summary_figures(self) -> dict[str, float | int | str | None]:
+        """Return figures for the run's summary, besides those that every run has."""
+        return {}
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Refuse: in a ServerApp everything passes through the server, and peers talk to each other.
+
+        Raises:
+            BadInput: always.
+        """
+        raise BadInput(
+            f"{type(self).__name__} runs on the peers, not in a ServerApp. Simulate it with `fedcore simulate`."
+        )

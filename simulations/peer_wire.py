@@ -1,0 +1,196 @@
+"""Messages between peers in virtual time."""
+import asyncio
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcore.peers.envelope import ALONE, Envelope, is_finite, payload_bytes
+from fedcore.peers.peer import Peer
+from fedcore.peers.ring import chunk_bounds, ring_bytes, ring_sum, ring_times
+from fedcore.peers.seams import Reduced
+from fedcore.simulations.availability import Availability
+from fedcore.simulations.failures import Failures
+from fedcore.simulations.loop import VirtualLoop
+from fedcore.simulations.network import Network
+
+
+@dataclass(slots=True, eq=False)
+class Contribution:
+    """What a member brought to a reduction, and when."""
+
+    vector: Tensor
+    weight: float
+    began: float
+    index: int       # messages it had sent before
+    future: "asyncio.Future[Reduced]"
+
+
+@dataclass(slots=True, eq=False)
+class Reduction:
+    """A mean over all members that is under way."""
+
+    members: tuple[int, ...]
+    contributions: dict[int, Contribution]
+
+
+class VirtualWire:
+    """Links with latency and bandwidth per node; a node sends one message after another, and all of them arrive.
+
+    A message that reaches a node while it is offline waits until it is back. Messages are lost only where the failures
+    of the simulation say so: then neither end ever hears of them.
+
+    Args:
+        num_nodes: ranks are below it.
+        availability: None: all nodes are always online.
+    """
+
+    def __init__(
+        self, loop: VirtualLoop, network: Network, num_nodes: int, availability: Availability | None = None,
+        failures: Failures | None = None,
+    ):
+        self._loop, self._network, self._num_nodes = loop, network, num_nodes
+        self._availability, self._failures = availability, failures
+        self.peers: dict[int, Peer] = {}
+        self.gone: set[int] = set()
+        self._sent: dict[int, int] = {}             # messages by sender
+        self._uplink_free: dict[int, float] = {}
+        self._reductions: dict[tuple[str, int], Reduction] = {}
+
+    def post(self, to: int, envelope: Envelope) -> "asyncio.Future[bool]":
+        """Send a message; the future becomes True when its acknowledgement is back."""
+        acknowledged: asyncio.Future[bool] = self._loop.create_future()
+        source, now = envelope.source, self._loop.time()
+        index = self._sent.get(source, 0)
+        self._sent[source] = index + 1
+        if self._failures is not None and self._failures.loses_request(source, index):
+            return acknowledged
+        sending, latency = self._network.between(source, to, index, envelope.num_bytes)
+        if sending:
+            now = max(now, self._uplink_free.get(source, 0.0)) + sending
+            self._uplink_free[source] = now
+        at, tie = self._when_on(to, now + latency), to * self._num_nodes + source
+        if at == math.inf:
+            acknowledged.set_result(False)
+        else:
+            self._loop.deliver_at(at, tie, self._deliver, to, envelope, acknowledged, latency, index)
+        return acknowledged
+
+    def _deliver(
+        self, to: int, envelope: Envelope, acknowledged: "asyncio.Future[bool]", latency: float, index: int
+    ) -> None:
+        peer = self.peers.get(to)
+        if peer is None or to in self.gone:
+            self._acknowledge(acknowledged, False)
+            return
+        peer.take(envelope)
+        if self._failures is not None and self._failures.loses_reply(envelope.source, index):
+            return
+        if latency:
+            tie = envelope.source * self._num_nodes + to
+            at = self._when_on(envelope.source, self._loop.time() + latency)
+            self._loop.deliver_at(at, tie, self._acknowledge, acknowledged, True)
+        else:
+            self._acknowledge(acknowledged, True)
+
+    @staticmethod
+    def _acknowledge(acknowledged: "asyncio.Future[bool]", delivered: bool) -> None:
+        if not acknowledged.done():
+            acknowledged.set_result(delivered)
+
+    def _when_on(self, rank: int, at: float) -> float:
+        """Return when a node can first take something that arrives at `at`; infinity when it never will."""
+        if self._availability is None or self._availability.is_on(rank, at):
+            return at
+        return self._availability.next_change(rank, at)
+
+    # ---- reductions -------------------------------------------------------------------------------------------------
+
+    def all_reduce(
+        self, peer: Peer, vector: Tensor, tag: str, round: int, weight: float, began: float
+    ) -> "asyncio.Future[Reduced]":
+        """Contribute to a ring all-reduce; its time is worked out when everybody has contributed.
+
+        The sums are those of the ring, bit for bit; so are the times, on links without jitter that carry nothing else
+        meanwhile. With jitter, each link has one factor for the whole reduction.
+        """
+        reduction = self._reductions.get((tag, round))
+        if reduction is None:
+            reduction = self._reductions[tag, round] = Reduction(peer.members, {})
+        if not is_finite({ALONE: vector}):
+            peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
+            vector, weight = torch.zeros_like(vector), 0.0
+        cost = ring_bytes(vector, len(reduction.members))
+        peer.counters.bytes_sent += cost
+        peer.counters.bytes_received += cost
+        index = self._sent.get(peer.rank, 0)
+        self._sent[peer.rank] = index + max(0, 2 * (len(reduction.members) - 1))
+        future: asyncio.Future[Reduced] = self._loop.create_future()
+        reduction.contributions[peer.rank] = Contribution(vector, weight, began, index, future)
+        self._try_to_finish(tag, round)
+        return future
+
+    def _try_to_finish(self, tag: str, round: int) -> None:
+        reduction = self._reductions[tag, round]
+        ranks = [rank for rank in reduction.members if rank not in self.gone or rank in reduction.contributions]
+        if len(reduction.contributions) < len(ranks):
+            return
+        del self._reductions[tag, round]
+        parts = [reduction.contributions[rank] for rank in ranks]
+        total = sum(part.weight for part in parts)
+        mean = ring_sum([part.vector if part.weight in (0.0, 1.0) else part.weight * part.vector for part in parts])
+        mean = mean / total if total else mean
+        contributors = tuple(rank for rank, part in zip(ranks, parts, strict=True) if part.weight)
+        result = Reduced(mean, contributors)
+        times = self._times(ranks, parts)
+        for rank, part, at in zip(ranks, parts, times, strict=True):
+            at = max(at, self._loop.time())
+            self._loop.deliver_at(at, rank * self._num_nodes + rank, _give, part.future, result)
+
+    def _times(self, ranks: list[int], parts: list[Contribution]) -> list[float]:
+        began = [part.began for part in parts]
+        count = len(ranks)
+        if count == 1:
+            return began
+        elements = parts[0].vector.element_size()
+        empty = payload_bytes({ALONE: parts[0].vector[:0]})
+        sizes = np.array([empty + elements * (end - start) for start, end in chunk_bounds(len(parts[0].vector), count)])
+        following = [*ranks[1:], ranks[0]]
+        links = [self._network.between(source, to, part.index, 1)
+                 for source, to, part in zip(ranks, following, parts, strict=True)]
+        per_byte, latency = np.array([link[0] for link in links]), np.array([link[1] for link in links])
+        members = np.arange(count)
+
+        def hop_seconds(hop: int) -> np.ndarray:
+            # Member i begins with chunk i, and passes on what it received the hop before.
+            return np.asarray(sizes[(members - hop) % count] * per_byte + latency)
+
+        return ring_times(began, hop_seconds).tolist()
+
+    # ---- those who come and go --------------------------------------------------------------------------------------
+
+    def lose(self, rank: int) -> None:
+        """Take note that a peer is gone for good; those who live go on without it."""
+        self.gone.add(rank)
+        for other in sorted(self.peers):
+            if other not in self.gone:
+                self.peers[other].lose(rank)
+        for tag, round in list(self._reductions):
+            self._try_to_finish(tag, round)
+
+    def state_dict(self, rank: int) -> dict[str, Any]:
+        """Return what a node's own links must remember."""
+        return {"sent": self._sent.get(rank, 0), "uplink_free": self._uplink_free.get(rank, 0.0)}
+
+    def load_state_dict(self, rank: int, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self._sent[rank], self._uplink_free[rank] = state["sent"], state["uplink_free"]
+
+
+def _give(future: "asyncio.Future[Reduced]", result: Reduced) -> None:
+    if not future.done():
+        future.set_result(result)

@@ -1,0 +1,247 @@
+"""One experiment of a peer strategy from its file to its run folder, in virtual time."""
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedcore.checkpoint import Checkpoints
+from fedcore.clients.build import build_task, train_settings
+from fedcore.clients.data import as_dataset
+from fedcore.clients.evaluation import measure, server_evaluation
+from fedcore.clients.modules import flat_module, initial_model
+from fedcore.clients.peer_training import peer_training
+from fedcore.config import Experiment
+from fedcore.errors import BadInput, UnusableCheckpoint
+from fedcore.launch import Interrupt, peak_rss_mb
+from fedcore.options import Evaluation, StopRule
+from fedcore.peers.peer import Peer
+from fedcore.peers.strategy import PeerStrategy
+from fedcore.recorder import (
+    CHECKPOINTS_FOLDER,
+    CLIENTS_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    SUMMARY_FILE,
+    Listener,
+    Recorder,
+    plain,
+    write_atomically,
+)
+from fedcore.report import write_report
+from fedcore.runs import Run
+from fedcore.simulations.availability import Availability
+from fedcore.simulations.devices import Devices
+from fedcore.simulations.failures import Failures
+from fedcore.simulations.loop import make_loop
+from fedcore.simulations.network import Network
+from fedcore.simulations.peer_board import Report, VirtualBoard
+from fedcore.simulations.peer_host import Measure, PeerHost
+from fedcore.simulations.peer_labour import VirtualLabour
+from fedcore.simulations.peer_wire import VirtualWire
+from fedcore.vectors import Model
+
+logger = logging.getLogger("fedcore")
+
+# Strategies that stop by time have their safe points so many times in a run, unless evaluations come by the second.
+STEPS_BY_TIME = 30
+MAX_DESCRIBED_PEERS = 2000
+
+
+class PeerSimulation:
+    """The parts of one run of virtual peers, put together."""
+
+    def __init__(
+        self, settings: Experiment, strategy: PeerStrategy, folder: Path, on_row: Listener | None = None
+    ):
+        self.interrupt = Interrupt()
+        self.settings, self.strategy, self.folder = settings, strategy, folder
+        self.task = build_task(settings)
+        self.train = train_settings(settings)
+        self.work = peer_training(self.task, self.train, settings.seed)
+        self.model = self._initial_model()
+        listeners = tuple(listener for listener in (on_row, *settings.build_writers(folder)) if listener)
+        self.recorder = Recorder(folder, listeners)
+        count, seed, simulation = settings.clients.count, settings.seed, settings.simulation
+        self.devices = Devices.from_settings(simulation.devices.model_dump(), seed, count)
+        self.network = Network.from_settings(simulation.network.model_dump(), seed, count)
+        self.availability = Availability.from_settings(simulation.availability, seed, count)
+        self.failures = Failures.from_settings(simulation.failures.model_dump(), seed, count)
+        stop, rule = settings.stop, settings.evaluate
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS_FOLDER, settings.checkpoint.keep)
+        self.host = PeerHost(
+            self.model, self.recorder, self._measure(), Evaluation(rule.where, rule.every, rule.unit),
+            StopRule(stop.seconds, stop.rounds, stop.client_updates, dict(stop.target or {})), self.checkpoints,
+            settings.checkpoint.every_s, self.interrupt.asked)
+        self.loop = make_loop()
+        self.wire = VirtualWire(self.loop, self.network, count, self.availability, self.failures)
+        self.peers: dict[int, Peer] = {}
+        self.board: VirtualBoard
+        self.finished = False
+
+    def _initial_model(self) -> Model:
+        model = initial_model(self.task, self.settings.seed, self.train.torch_dtype)
+        path = self.settings.initial_model
+        return model if path is None else Model.load(Path(path), model.layout)
+
+    def _measure(self) -> Measure | None:
+        where = self.settings.evaluate.where
+        if where == "none":
+            return None
+        if where == "server":
+            central = server_evaluation(self.task)
+            return lambda model, rank: central(model)
+        flat = flat_module(self.task, self.train.torch_dtype)
+        ranks = range(self.settings.clients.count)
+
+        def at(model: Model, rank: int | None) -> Mapping[str, float]:
+            flat.load(model.params, model.buffers)
+            rows = []
+            for own in ranks if rank is None else [rank]:
+                held_back = self.task.validation_data(own)
+                data = as_dataset(self.task.data(own) if held_back is None else held_back)
+                rows.append((len(data), measure(self.task, flat, data)))
+            total = sum(size for size, _ in rows)
+            return {name: sum(size * figures[name] for size, figures in rows) / total for name in rows[0][1]}
+
+        return at
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self, resuming: bool) -> Run:
+        """Run to the end; whatever happens, what is known by then is in the folder."""
+        started = time.monotonic()
+        if not resuming:
+            config = yaml.safe_dump(self.settings.resolved(), sort_keys=False)
+            write_atomically(self.folder / CONFIG_FILE, config)
+        self._write_peers()
+        try:
+            with self.interrupt.watch(), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+                runner.run(self._main(resuming))
+        finally:
+            self.recorder.close()
+            self.host.model.save(self.folder / MODEL_FILE)
+            self._write_summary(time.monotonic() - started)
+        write_report(self.folder)
+        return Run(self.folder)
+
+    async def _main(self, resuming: bool) -> None:
+        saved = self._load() if resuming else None
+        count = self.settings.clients.count
+        here = tuple(rank for rank in range(count) if self.availability is None or self.availability.is_on(rank, 0.0))
+        if not here:
+            raise BadInput("No peer is online at the start. Choose another simulation.availability.")
+        step_s, stop_s = self._times()
+        num_steps = None if self.strategy.by_time else self.settings.stop.rounds
+        self.board = VirtualBoard(self.loop, self.wire, self.host, here, count, num_steps, step_s, stop_s)
+        board, host = self.board, self.host
+        host.begun, host.num_steps, host.stop_run = lambda: board.begun, lambda: board.num_steps, board.stop
+        host.extra_state = self._extra_state
+        if saved is None:
+            self.recorder.metric(0.0, "start", version=0, nodes=len(here), num_params=self.model.layout.num_params)
+            for rank in here:
+                self._make(rank)
+        else:
+            self._restore(saved)
+        starts = {rank: None if saved is None else saved["peers"][rank]["at"] for rank in sorted(self.peers)}
+        await asyncio.gather(*[self.loop.create_task(self._run(self.peers[rank], at), name=f"peer {rank}")
+                               for rank, at in starts.items()])
+        self._finish()
+
+    def _times(self) -> tuple[float | None, float | None]:
+        """Return the length of a step, for strategies that stop by time, and when the run stops, seconds."""
+        stop, rule, count = self.settings.stop, self.settings.evaluate, self.settings.clients.count
+        if not self.strategy.by_time:
+            return None, stop.seconds
+        limits = [] if stop.seconds is None else [stop.seconds]
+        if stop.rounds is not None:    # a round is as many gradients as there are peers
+            usual = sum(self.devices.seconds_per_step(rank) for rank in range(count)) / count
+            limits.append(stop.rounds * usual)
+        total = min(limits) if limits else None
+        if rule.unit == "seconds":
+            return rule.every, total
+        if total is None:
+            raise BadInput(
+                f"{self.settings.strategy_name} stops by time. Give stop.seconds or stop.rounds, or have it evaluated "
+                "by the second (evaluate: {unit: seconds, every: ...}).")
+        return total / STEPS_BY_TIME, total
+
+    def _make(self, rank: int) -> Peer:
+        work = self.work.peer(rank)
+        labour = VirtualLabour(rank, work, self.devices, self.board, self.availability, self.failures)
+        peer = Peer(
+            rank, self.settings.seed, self.model.params, self.model.buffers, run=self.folder.name, labour=labour,
+            wire=self.wire, board=self.board, num_examples=work.num_examples)
+        self.peers[rank] = self.wire.peers[rank] = peer
+        return peer
+
+    async def _run(self, peer: Peer, begins_at: float | None = None) -> None:
+        if begins_at is not None:
+            await self.board.sleep_until(peer.rank, begins_at)
+            peer.resume()
+        await self.strategy.run(peer)
+        peer.close()
+
+    def _finish(self) -> None:
+        """Evaluate what the peers ended with, where that differs from their last step, and write the end."""
+        host, now = self.host, self.board.now
+        self.finished = True
+        host.finish([Report(rank, now, now, peer.params, peer.buffers, peer.loss, peer.counters.as_dict(), [], None)
+                     for rank, peer in sorted(self.peers.items()) if rank not in self.wire.gone])
+        self.recorder.metric(host.time_s, "stop", version=host.version, reason=self.board.stop_reason,
+                             **host.main_totals())
+        self.recorder.flush()
+
+    # ---- what survives a restart ------------------------------------------------------------------------------------
+
+    def _load(self) -> dict[str, Any]:
+        saved, problems = self.checkpoints.load_newest()
+        for problem in problems:
+            logger.warning("%s Using the checkpoint before it.", problem)
+        if saved.get("kind") != "peers":
+            raise UnusableCheckpoint(f"The checkpoints in {self.folder} are not of a run of peers.")
+        return saved
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        for rank in sorted(saved["peers"]):
+            self._make(rank).load_state_dict(saved["peers"][rank])
+        self.host.load_state_dict(saved["host"])
+        self.host.last_params = [self.peers[rank].params for rank in sorted(self.peers)]
+        self.board.load_state_dict(saved["board"], saved["step"])
+
+    def _extra_state(self, step: int) -> dict[str, Any]:
+        return {"board": self.board.state_dict(step)}
+
+    # ---- the folder -------------------------------------------------------------------------------------------------
+
+    def _write_peers(self) -> None:
+        rows = []
+        for rank in range(min(self.settings.clients.count, MAX_DESCRIBED_PEERS)):
+            labels = self.task.labels(rank) if hasattr(self.task, "labels") else None
+            rows.append({"node": rank, "num_examples": len(as_dataset(self.task.data(rank))), "labels": labels,
+                         "seconds_per_step": self.devices.seconds_per_step(rank)})
+        write_atomically(self.folder / CLIENTS_FILE, json.dumps(plain(rows)))
+
+    def _write_summary(self, wall_s: float) -> None:
+        host, settings, scores = self.host, self.settings, self.host.scores
+        latest = dict(scores.latest)
+        reason = self.board.stop_reason if self.finished else None
+        totals = host.totals
+        write_atomically(self.folder / SUMMARY_FILE, json.dumps(plain({
+            "strategy": settings.strategy_name, "task": settings.task_name, "seed": settings.seed, "engine": "virtual",
+            "stop_reason": reason or "error", "time_s": host.time_s, "wall_s": round(wall_s, 3),
+            "versions": host.version, "rounds": None if self.strategy.by_time else host.version,
+            **host.main_totals(), "gradients": totals.get("gradients", 0),
+            "final_loss": latest.pop("loss", None), "final_accuracy": latest.pop("accuracy", None),
+            "best_accuracy": scores.best_accuracy, "time_to_target_s": scores.time_to_target_s,
+            "target": dict(settings.stop.target or {}) or None, "num_params": self.model.layout.num_params,
+            **host.counts, "silent": totals.get("silent", 0),
+            "asymmetric_exchanges": totals.get("asymmetric_exchanges", 0),
+            "failed_meetings": totals.get("failed_meetings", 0),
+            "peak_rss_mb": round(peak_rss_mb(), 1), **latest, "consensus_distance": host.distance,
+            **self.strategy.summary_figures(),
+        }), indent=2) + "\n")
