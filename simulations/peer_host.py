@@ -132,7 +132,7 @@ class PeerHost:
 
     def _sums(self, reports: list[Report]) -> dict[str, Any]:
         ranks = {report.rank for report in reports}
-        rows = [report.counters for report in reports]
+        rows: list[Mapping[str, Any]] = [report.counters for report in reports]
         rows += [counters for rank, counters in sorted(self._counters.items()) if rank not in ranks]    # who has gone
         return {name: sum(row[name] for row in rows) for name in rows[0]}
 

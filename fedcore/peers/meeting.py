@@ -107,10 +107,11 @@ class Meeting:
             return False
         loop = asyncio.get_running_loop()
         number = self._counts[partner] = self._counts.get(partner, -1) + 1
-        owner, my_turn = object(), loop.create_future()
+        owner = object()
+        my_turn: asyncio.Future[None] = loop.create_future()
         answer: asyncio.Future[Tensor | None] = loop.create_future()
         if self._exclusive:
-            self._peer.turn.take(owner, lambda: my_turn.done() or my_turn.set_result(None))
+            self._peer.turn.take(owner, lambda: _settle(my_turn))
             await my_turn
         mine = self._offer()
         self._asked[partner, number] = answer
