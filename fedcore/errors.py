@@ -214,3 +214,23 @@ class PeerLost(FedcoreError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.rank,)
+
+
+class MalformedFrame(FedcoreError):
+    """Bytes on the link that no sender of ours can have written."""
+
+
+class TooSlow(FedcoreError):
+    """A transfer that made less progress than the least that is allowed."""
+
+
+class LinkRefused(FedcoreError):
+    """The server turned this client away, and trying again would not help."""
+
+
+class TaskLost(FedcoreError):
+    """The server does not know, or no longer wants, the task that a transfer belongs to."""
+
+
+class CannotListen(BadInput):
+    """The server cannot listen where it was told to."""

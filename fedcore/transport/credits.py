@@ -1,0 +1,89 @@
+"""Who may upload now: only as many at once as there is memory for; the others wait, in order."""
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+
+class Credits:
+    """Upload credits. All methods belong to the event loop's thread.
+
+    An upload holds its credit from its admission until the strategy has taken the reply. One that was broken off may
+    keep what it has until somebody else wants the place.
+
+    Args:
+        max_uploads, max_bytes: admitted at once; a single upload is admitted whatever its size.
+        on_evict: told of a broken-off upload that lost its place.
+    """
+
+    def __init__(self, max_uploads: int, max_bytes: int | None, on_evict: Callable[[str], None]):
+        self.max_uploads, self.max_bytes, self.on_evict = max_uploads, max_bytes, on_evict
+        self._held: dict[str, int] = {}
+        self._parked: dict[str, None] = {}
+        self._waiting: deque[tuple[str, int, asyncio.Future[None]]] = deque()
+
+    @property
+    def admitted(self) -> int:
+        """Uploads that hold a credit."""
+        return len(self._held)
+
+    @property
+    def waiting(self) -> int:
+        """Uploads that wait for one."""
+        return len(self._waiting)
+
+    def has_room(self, size: int) -> bool:
+        """Say whether an upload would be admitted at once."""
+        return not self._waiting and self._fits(size, parked_too=True)
+
+    async def acquire(self, name: str, size: int) -> None:
+        """Wait for a credit; an upload that kept its own goes on at once."""
+        if name in self._held:
+            self._parked.pop(name, None)
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (name, size, place)
+        self._waiting.append(entry)
+        self._admit()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            elif place.done() and not place.cancelled():
+                self.release(name)
+            raise
+
+    def park(self, name: str) -> None:
+        """Let an upload that was broken off keep its place until somebody else wants it."""
+        if name in self._held:
+            self._parked[name] = None
+            self._admit()
+
+    def release(self, name: str) -> None:
+        """Give a credit back; one that is not held does not matter."""
+        self._parked.pop(name, None)
+        if self._held.pop(name, None) is not None:
+            self._admit()
+
+    def _fits(self, size: int, parked_too: bool = False) -> bool:
+        held = {name: size for name, size in self._held.items() if not (parked_too and name in self._parked)}
+        if not held:
+            return True
+        return len(held) < self.max_uploads and (
+            self.max_bytes is None or sum(held.values()) + size <= self.max_bytes)
+
+    def _admit(self) -> None:
+        while self._waiting:
+            name, size, place = self._waiting[0]
+            if not self._fits(size):
+                if not self._fits(size, parked_too=True):
+                    return
+                oldest = next(iter(self._parked))
+                del self._parked[oldest]
+                del self._held[oldest]
+                self.on_evict(oldest)
+                continue
+            self._waiting.popleft()
+            if not place.done():
+                self._held[name] = size
+                place.set_result(None)
