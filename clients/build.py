@@ -5,6 +5,7 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.clientapp.typing import Mod
 
 from fedcore.clients.apps import EstimatingApp
+from fedcore.clients.blackbox import OwnBlackBox, is_black_box
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import PartitionedTask, Task
 from fedcore.clients.torch_client import torch_client
@@ -26,7 +27,8 @@ def build_task(experiment: Experiment) -> Task:
     """Return the task of an experiment.
 
     A task whose constructor takes `num_clients` or `seed` is given them. One with `training_data` is a pool, and its
-    examples are divided as `clients.partition` says; any other says itself which data each client has. Where clients
+    examples are divided as `clients.partition` says; any other says itself which data each client has. One with
+    `dimension` and `evaluate` is a black box. Where clients
     evaluate, a tenth of their examples is held back from training, unless `clients.validation_share` says otherwise.
 
     Raises:
@@ -42,6 +44,8 @@ def build_task(experiment: Experiment) -> Task:
             share = VALIDATION_SHARE
         partitioner = build("partitions", experiment.clients.partition, "clients.partition")
         task = PartitionedTask(built, partitioner, count, seed, share)
+    if is_black_box(built):
+        task = OwnBlackBox(built, count)
     missing = [name for name in METHODS if not callable(getattr(task, name, None))]
     if missing and not hasattr(task, "client_app"):
         raise InvalidSetting(

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 
 _FLOWER = "flwr.serverapp.strategy"
 _FEEDBACK = "fedcore.strategies.error_feedback"
+_ZEROTH = "fedcore.strategies.zeroth_order"
 _FLOWER_KIND = "rounds, from Flower"
 _PRIVATE = "fedcore.strategies.dp_baselines"
 _DP = f"{_FLOWER}:DifferentialPrivacy"
@@ -43,6 +44,11 @@ STRATEGIES = {
     "dp_sgd": Entry(f"{_PRIVATE}:DpSgd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),
     "dp_srm": Entry(f"{_PRIVATE}:DpSrm", "rounds", "Cutkosky and Orabona, 2019, arXiv:1905.10018"),
     "noloco": Entry("fedcore.strategies.noloco:NoLoCo", "peers", "Kolehmainen et al., 2025, arXiv:2506.10911"),
+    "fzoos": Entry("fedcore.strategies.fzoos:FZooS", "rounds", "Shu et al., 2023, arXiv:2308.04077"),
+    "fedzo": Entry(f"{_ZEROTH}:FedZo", "rounds", "Fang et al., 2022, arXiv:2201.09531"),
+    "fedprox_zo": Entry(f"{_ZEROTH}:FedProxZo", "rounds", "Li et al., 2020, arXiv:1812.06127"),
+    "scaffold_zo_1": Entry(f"{_ZEROTH}:ScaffoldZo1", "rounds", "Karimireddy et al., 2020, arXiv:1910.06378"),
+    "scaffold_zo_2": Entry(f"{_ZEROTH}:ScaffoldZo2", "rounds", "Karimireddy et al., 2020, arXiv:1910.06378"),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",
@@ -125,6 +131,10 @@ CATALOGUE: dict[str, dict[str, Entry]] = {
         "quadratic": Entry(f"{_TASKS}.analytic:Quadratic"),
         "logistic": Entry(f"{_TASKS}.analytic:Logistic"),
         "simulated": Entry(f"{_TASKS}.simulated:Simulated"),
+        "blackbox": Entry(f"{_TASKS}.blackbox:OwnFunction"),
+        "blackbox_quadratics": Entry(f"{_TASKS}.blackbox_quadratics:BlackBoxQuadratics"),
+        "blackbox_metric": Entry(f"{_TASKS}.blackbox_metric:MetricTuning"),
+        "blackbox_attack": Entry(f"{_TASKS}.blackbox_attack:Attack"),
     },
     "partitions": {
         "iid": Entry(f"{_PARTITIONS}:Iid"),

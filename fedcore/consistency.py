@@ -14,7 +14,7 @@ def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[Bad
         task, strategy: as built from the settings; None where they could not be built.
     """
     found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
-    return [*found, *_taking_part(experiment, strategy)]
+    return [*found, *_taking_part(experiment, strategy), *_only_evaluating(experiment, task, strategy)]
 
 
 def _training(experiment: Experiment) -> list[BadInput]:
@@ -53,7 +53,7 @@ def _evaluating(experiment: Experiment, task: Any) -> list[BadInput]:
             "evaluate.every", rule.every, "a whole number of versions",
             "Or count in seconds, with evaluate.unit: seconds.",
         ))
-    if rule.where == "server" and task is not None and not hasattr(task, "test_data"):
+    if rule.where == "server" and task is not None and not hasattr(task, "test_data") and not _is_black_box(task):
         found.append(InvalidSetting(
             "evaluate.where", "server", "clients or none",
             f"The task {experiment.task_name} has no test_data() for a server.",
@@ -91,6 +91,29 @@ def _taking_part(experiment: Experiment, strategy: Any) -> list[BadInput]:
             ))
             break
     return found
+
+
+def _only_evaluating(experiment: Experiment, task: Any, strategy: Any) -> list[BadInput]:
+    """Keep methods that only evaluate to tasks that can only be evaluated."""
+    if task is None or strategy is None:
+        return []
+    if getattr(strategy, "needs_black_box", False) == _is_black_box(task):
+        try:
+            getattr(strategy, "check_dimension", lambda _: None)(getattr(task, "dimension", 0))
+        except InvalidSetting as error:
+            return [error.under("strategy")]
+        return []
+    if _is_black_box(task):
+        return [InvalidSetting(
+            "strategy", experiment.strategy_name, "fzoos, fedzo, fedprox_zo, scaffold_zo_1 or scaffold_zo_2",
+            f"The task {experiment.task_name} can only be evaluated: it has no gradient.")]
+    return [InvalidSetting(
+        "task", experiment.task_name, "blackbox, blackbox_quadratics, blackbox_metric or blackbox_attack",
+        f"{experiment.strategy_name} trains no model: it searches a function that can only be evaluated.")]
+
+
+def _is_black_box(task: Any) -> bool:
+    return hasattr(task, "dimension") and any(hasattr(task, name) for name in ("evaluate", "evaluate_many"))
 
 
 def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy: Any) -> list[str]:

@@ -157,6 +157,22 @@ class NotFinite(FedcoreError):
     """A vector with NaN or infinite values, which cannot be compressed."""
 
 
+class SingularKernel(FedcoreError):
+    """Queries of a black box on which no Gaussian process can stand."""
+
+    def __init__(self, count: int, noise: float):
+        super().__init__(f"The kernel matrix of {count} queries is singular even with noise {noise:g}. Ask at points "
+                         "further apart, or choose a smaller lengthscale.")
+        self.count, self.noise = count, noise
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.count, self.noise)
+
+
+class BlackBoxFailed(FedcoreError):
+    """A black box that returns nothing usable, time after time."""
+
+
 class EmptyRound(FedcoreError):
     """A round in which no client carries weight."""
 

@@ -14,6 +14,7 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 
 from fedcore.checkpoint import Checkpoints
 from fedcore.clients.settings import TrainSettings
+from fedcore.clients.tasks.blackbox_quadratics import BlackBoxQuadratics
 from fedcore.clients.torch_client import torch_client
 from fedcore.clock import Event
 from fedcore.feedback import ACTION
@@ -24,6 +25,7 @@ from fedcore.privacy.wire import ACTION as PRIVATE_ACTION
 from fedcore.registry import build, names, resolve
 from fedcore.rounds import FlowerRounds
 from fedcore.simulations.grid import VirtualGrid
+from fedcore.strategies.black_box import ACTIONS as BLACK_BOX_ACTIONS
 from fedcore.strategy import HubStrategy
 
 CLIENTS = 8    # one more than Bulyan needs, so that one may fail
@@ -47,6 +49,10 @@ SETTINGS = {
     "dp_client_fixed_clipping": {**DP, "clipping_norm": 1.0},
     "dp_server_adaptive_clipping": DP,
     "dp_client_adaptive_clipping": DP,
+    **dict.fromkeys(("fedzo", "fedprox_zo", "scaffold_zo_1", "scaffold_zo_2"),
+                    {"directions": 2, "local_iterations": 2}),
+    "fzoos": {"local_iterations": 2, "features": 20, "nearest": 6, "feature_queries": 8, "initial_queries": 3,
+              "active_queries": 1, "active_candidates": 3, "end_queries": 2, "end_candidates": 4, "memory": 40},
 }
 # Flower's mods without which clients do not send what a strategy expects.
 MODS = {"dp_client_fixed_clipping": [fixedclipping_mod], "dp_client_adaptive_clipping": [adaptiveclipping_mod]}
@@ -66,7 +72,8 @@ def run(federate, noisy):
     centers = torch.randn(CLIENTS, 3, generator=torch.Generator().manual_seed(1))
 
     def start(name, fault=None, **options):
-        task = noisy(centers)
+        only_evaluates = getattr(make(name), "needs_black_box", False)
+        task = BlackBoxQuadratics(3, 0.5, num_clients=CLIENTS) if only_evaluates else noisy(centers)
         app = torch_client(task, TRAINING)
         if fault is not None or name in MODS:
             app = modified(app, ([spoiling(fault)] if fault else []) + MODS.get(name, []))
@@ -156,7 +163,7 @@ def modified(inner, mods):
     """Return a client app that applies mods to training."""
     app = ClientApp()
     app.train(mods=mods)(lambda message, context: inner(message, context))
-    for action in (ACTION, PRIVATE_ACTION):
+    for action in (ACTION, PRIVATE_ACTION, *BLACK_BOX_ACTIONS):
         app.train(action, mods=mods)(lambda message, context: inner(message, context))
     app.evaluate()(lambda message, context: inner(message, context))
     app.query()(lambda message, context: inner(message, context))
