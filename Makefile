@@ -71,6 +71,10 @@ test: lint types ## style, types and every test
 test-fast: $(VENV)/.requirements-dev ## the tests that take under 5 s each
 	@$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
+.PHONY: faults
+faults: $(VENV)/.requirements-dev $(VENV)/.package ## 100 bad nights of a real federation, three times (about half an hour)
+	@$(BIN)/python tests/faults/campaign.py --scenarios 100 --times 3
+
 .PHONY: bench-sim
 bench-sim: $(VENV)/.requirements-dev $(VENV)/.package ## time the simulator beside Flower on Ray and a bare torch loop
 	@$(BIN)/python benchmarks/bench_sim.py

@@ -22,14 +22,14 @@ class BackgroundSaver:
         """Whether the checkpoint before is still being written."""
         return self._writing is not None and not self._writing.done()
 
-    def save(self, frozen: Frozen, on_saved: Callable[[], None]) -> None:
-        """Begin to write a checkpoint; `on_saved` is called, in the writing thread, once it is safe on the disk.
+    def save(self, frozen: Frozen, on_end: Callable[[bool], None]) -> None:
+        """Begin to write a checkpoint; `on_end` is told, in the writing thread, whether it is safe on the disk.
 
         Raises:
             UnusableCheckpoint: the checkpoint before could not be written.
         """
         self.wait()
-        self._writing = self._thread.submit(self._write, frozen, on_saved)
+        self._writing = self._thread.submit(self._write, frozen, on_end)
 
     def wait(self) -> None:
         """Wait until nothing is being written.
@@ -48,6 +48,10 @@ class BackgroundSaver:
         finally:
             self._thread.shutdown()
 
-    def _write(self, frozen: Frozen, on_saved: Callable[[], None]) -> None:
-        self.checkpoints.save(frozen)
-        on_saved()
+    def _write(self, frozen: Frozen, on_end: Callable[[bool], None]) -> None:
+        saved = False
+        try:
+            self.checkpoints.save(frozen)
+            saved = True
+        finally:
+            on_end(saved)

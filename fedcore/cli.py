@@ -277,9 +277,11 @@ def export_app(
     typer.echo(f"wrote {folder}: see {folder / 'README.md'}")
 
 
-from fedcore.cli_certs import app as certs_app  # noqa: E402 (it needs what is above)
+from fedcore.cli_certs import app as certs_app  # noqa: E402 (they need what is above)
+from fedcore.cli_deploy import add_commands as add_deploy_commands  # noqa: E402
 
 app.add_typer(certs_app)
+add_deploy_commands(app)
 
 
 @contextlib.contextmanager

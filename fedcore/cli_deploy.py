@@ -46,6 +46,9 @@ def server(
     insecure: Annotated[int, typer.Option(
         "--insecure", count=True, help=f"{INSECURE} Give it twice to listen on more than loopback."
     )] = 0,
+    observer: Annotated[list[str] | None, typer.Option(
+        metavar="NAME", help="Let the holder of this node's certificate see everybody's state (fedcore status)."
+    )] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what fedcore and Flower log.")] = False,
 ) -> None:
     """Wait for the clients of an experiment, train with them, and write the same folder as a simulation.
@@ -63,7 +66,7 @@ def server(
         raise typer.BadParameter("name an experiment file, or a run with --resume DIR", param_hint="FILE")
     if resume is not None and (file is not None or out is not None):
         raise typer.BadParameter("the folder has its own experiment: leave out FILE and --out", param_hint="--resume")
-    settings = ServerSettings(listen, tls, insecure, dashboard)
+    settings = ServerSettings(listen, tls, insecure, dashboard, tuple(observer or ()))
     raise typer.Exit(run_server(file, overrides or (), out, resume, settings, ctx.meta))
 
 

@@ -35,14 +35,14 @@ def run_experiment(
 
     console = make_console()
     if resume is not None:
-        experiment, folder = _of_folder(resume, overrides), resume
+        experiment, folder = of_folder(resume, overrides), resume
     else:
         assert file is not None
         experiment = load_experiment(file, overrides)
         folder = new_folder(out, experiment)
     meta[FOLDER] = folder
     if resume is None:      # the settings of a run folder are complete, so none of them says what was meant
-        _show_warnings(experiment)
+        show_warnings(experiment)
     console.print(f"{experiment.strategy_name} on {experiment.task_name}, {experiment.clients.count} clients, "
                   f"seed {experiment.seed}: {folder}", markup=False, soft_wrap=True)
     try:
@@ -50,7 +50,7 @@ def run_experiment(
             run = simulate(None if resume else experiment, out=None if resume else folder, workers=workers,
                            resume=resume, on_row=progress.on_row, overrides=overrides if resume else ())
     except BadInput:
-        _remove_if_empty(folder)
+        remove_if_empty(folder)
         raise
     except KeyboardInterrupt:
         console.print(f"Stopped at once. Continue from its last checkpoint: fedcore simulate --resume {folder}",
@@ -60,27 +60,34 @@ def run_experiment(
         if (folder / CONFIG_FILE).is_file():
             console.print(f"What was done until then: {write_report(folder)}", markup=False, soft_wrap=True)
         raise
-    return _conclude(console, run)
+    return conclude(console, run)
 
 
-def _of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:
+def of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment of a run's folder.
+
+    Raises:
+        BadInput: it is none.
+    """
     if not (folder / CONFIG_FILE).is_file():
         raise BadInput(f"{folder} is not a run folder: it has no {CONFIG_FILE}. Give the folder of an earlier run.")
     return load_experiment(folder / CONFIG_FILE, overrides)
 
 
-def _show_warnings(experiment: Experiment) -> None:
+def show_warnings(experiment: Experiment) -> None:
+    """Print what is allowed and probably not meant."""
     console = make_console(stderr=True)
     for warning in experiment.warnings:
         console.print(f"Note: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _remove_if_empty(folder: Path) -> None:
+def remove_if_empty(folder: Path) -> None:
+    """Take back a run's folder to which nothing was written."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _conclude(console: Console, run: Run) -> int:
+def conclude(console: Console, run: Run) -> int:
     """Print how a run ended; returns the exit status."""
     summary = run.summary
     rows = [(plain_spaces(name), plain_spaces(value)) for name, value in summary_rows(summary)]
@@ -89,7 +96,8 @@ def _conclude(console: Console, run: Run) -> int:
     console.print(f"\nreport: {run.folder / REPORT_FILE}", markup=False, soft_wrap=True)
     if summary.get("stop_reason") == "interrupted":
         if (run.folder / CHECKPOINTS_FOLDER).is_dir():
-            console.print(f"continue: fedcore simulate --resume {run.folder}", markup=False, soft_wrap=True)
+            again = "fedcore server" if summary.get("engine") == "grpc" else "fedcore simulate"
+            console.print(f"continue: {again} --resume {run.folder}", markup=False, soft_wrap=True)
         return INTERRUPTED
     target = summary.get("target") or {}
     if target and summary.get("time_to_target_s") is None:
@@ -107,7 +115,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     reason = str(summary.get("stop_reason"))
     rows = [
         ("stopped because", reasons.get(reason, reason)),
-        ("virtual time", f"{seconds(summary.get('time_s'))} (computed in {seconds(summary.get('wall_s'))})"),
+        ("virtual time", f"{seconds(summary.get('time_s'))} (computed in {seconds(summary.get('wall_s'))})")
+        if summary.get("engine", "virtual") == "virtual" else ("time", seconds(summary.get("time_s"))),
         ("versions", count(summary.get("versions"))),
         ("client updates",
          f"{count(summary.get('client_updates'))} ({count(summary.get('client_steps'))} local steps)"),
@@ -137,7 +146,7 @@ def run_flower_app(
     console = make_console()
     with Progress(console, f"Flower app {app.resolve().name}", Figures({})) as progress:
         run = simulate_app(app, file, out=out, workers=workers, overrides=overrides, on_row=progress.on_row)
-    return _conclude(console, run)
+    return conclude(console, run)
 
 
 def check_experiment_file(file: Path, overrides: Sequence[str]) -> None:
@@ -152,7 +161,7 @@ def check_experiment_file(file: Path, overrides: Sequence[str]) -> None:
     rows = [(name, plain_spaces(text)) for name, text in _facts(experiment)]
     console.print()
     console.print(pairs(rows))
-    _show_warnings(experiment)
+    show_warnings(experiment)
     console.print(f"\n{file} can be run: fedcore simulate {file}", markup=False, soft_wrap=True)
 
 

@@ -236,6 +236,14 @@ class MalformedFrame(FedcoreError):
     """Bytes on the link that no sender of ours can have written."""
 
 
+class StreamCut(MalformedFrame):
+    """A transfer ended before it was complete; it can be continued."""
+
+
+class RunOver(FedcoreError):
+    """The server's run is over: a client need not come again."""
+
+
 class TooSlow(FedcoreError):
     """A transfer that made less progress than the least that is allowed."""
 

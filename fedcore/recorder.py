@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -51,7 +52,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Recorder:
-    """Writes what happens, and tells listeners (a progress bar, TensorBoard) about each metrics row.
+    """Writes what happens, and tells listeners (a progress bar, TensorBoard) about each metrics row; from any thread.
 
     Args:
         folder: where the two files go; None keeps nothing on disk.
@@ -61,6 +62,7 @@ class Recorder:
     def __init__(self, folder: Path | None = None, listeners: tuple[Listener, ...] = ()):
         self.folder, self._listeners = folder, listeners
         self._files: dict[str, IO[str]] = {}
+        self._lock = threading.RLock()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, TIMELINE_FILE):
@@ -69,28 +71,32 @@ class Recorder:
     def metric(self, time_s: float, event: str, **figures: Any) -> None:
         """Write one row of metrics."""
         row: Row = {"time_s": time_s, "event": event, **figures}
-        self._write(METRICS_FILE, row)
-        for listener in self._listeners:
-            listener(row)
+        with self._lock:
+            self._write(METRICS_FILE, row)
+            for listener in self._listeners:
+                listener(row)
 
     def task(self, row: Row) -> None:
         """Write one row of the timeline: a client task that ended."""
         self._write(TIMELINE_FILE, row)
 
     def _write(self, name: str, row: Row) -> None:
-        if file := self._files.get(name):
-            file.write(json_line(row) + "\n")
+        with self._lock:
+            if file := self._files.get(name):
+                file.write(json_line(row) + "\n")
 
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
-        for file in self._files.values():
-            file.flush()
+        with self._lock:
+            for file in self._files.values():
+                file.flush()
 
     def close(self) -> None:
         """Finish the files."""
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files = {}
 
     def state_dict(self) -> dict[str, int]:
         """Return the length of each file in bytes; what comes after is written again by a run that resumes here."""

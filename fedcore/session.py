@@ -3,7 +3,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from fedcore.background import BackgroundSaver
 from fedcore.checkpoint import Checkpoints, Frozen, freeze
 from fedcore.clock import Event
 from fedcore.errors import AllNodesFailed, NothingCanHappen, StoppedEarly, UnusableCheckpoint
+from fedcore.exchange import HubGrid
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, INFO, wire_bytes
 from fedcore.tasks import NODE_GONE, Answer, Failure, Node, Replies, Task
@@ -38,6 +39,20 @@ def facts_of(content: RecordDict) -> dict[str, Any]:
         if isinstance(record, MetricRecord) or (name == INFO and isinstance(record, ConfigRecord)):
             facts.update(record.items())
     return facts
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The run at one moment, and what the grid calls that moment, if it wants to know what becomes of it."""
+
+    tree: Frozen
+    grid: HubGrid
+    mark: int | None
+
+    def note(self, what: str) -> None:
+        """Tell the grid: `saving`, `saved` (clients may forget what it holds), `unsaved`."""
+        if self.mark is not None:
+            getattr(self.grid, what)(self.mark)
 
 
 class Session:
@@ -69,7 +84,7 @@ class Session:
         self.engine = engine
         self._saver = BackgroundSaver(checkpoints) if checkpoints is not None and in_background else None
         self._saved_at = time.monotonic()
-        self._remembered: Frozen | None = None
+        self._remembered: Snapshot | None = None
         self.clients: dict[int, dict[str, Any]] = {}    # what each partition said about itself
 
     # ---- nodes --------------------------------------------------------------------------------------------------
@@ -99,7 +114,8 @@ class Session:
                 raise NothingCanHappen(f"{len(ids)} nodes are here, but the run needs {least}. Start more clients.")
         hub.expected = options.expected or len(ids)
         partition_of = getattr(hub.grid, "partition_of", None)
-        if introduce or partition_of is None:
+        # Real clients say who they are when they connect: to know it costs nothing.
+        if introduce or partition_of is None or self._saver is not None:
             self._introduce(ids)
         else:
             hub.add_nodes([(Node(node_id, partition_of(node_id), 1, 0.0), "") for node_id in ids])
@@ -239,24 +255,23 @@ class Session:
             UnusableCheckpoint: it, or the one before, cannot be written.
         """
         assert self.checkpoints is not None
-        frozen = freeze(self._tree()) if self._remembered is None else self._remembered
+        snapshot = self._snapshot() if self._remembered is None else self._remembered
+        snapshot.note("saving")
         if self._saver is not None:
-            self._saver.save(frozen, self._on_saved)
+            self._saver.save(snapshot.tree, lambda saved: snapshot.note("saved" if saved else "unsaved"))
         else:
-            self.checkpoints.save(frozen)
-            self._on_saved()
+            self.checkpoints.save(snapshot.tree)
+            snapshot.note("saved")
         self._saved_at = time.monotonic()
 
-    def _on_saved(self) -> None:
-        """Tell the grid, if it wants to know, that its latest `state_dict` is on the disk: clients may forget."""
-        if (saved := getattr(self.hub.grid, "saved", None)) is not None:
-            saved()
+    def _snapshot(self) -> "Snapshot":
+        return Snapshot(freeze(self._tree()), self.hub.grid, getattr(self.hub.grid, "mark", None))
 
     def remember(self) -> None:
         """Keep the present state for `save`, where what follows may be broken off and cannot be saved half done."""
         limited = self.hub.options.stop.seconds is not None or self._saver is not None
         if self.checkpoints is not None and limited:
-            self._remembered = freeze(self._tree())
+            self._remembered = self._snapshot()
 
     def forget(self) -> None:
         """Let `save` save the present state again."""

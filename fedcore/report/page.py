@@ -246,7 +246,7 @@ def other_figures(run: Run) -> Section:
 def failures_of(run: Run) -> Section:
     """Return what went wrong, by client and reason; every word of a reason may come from a stranger."""
     title = "Failures and refused replies"
-    rows = [row for row in run.metrics if row.get("event") in ("failure", "refused")]
+    rows = [row for row in run.metrics if row.get("event") in ("failure", "refused", "incident")]
     if not rows:
         return Section("failures", title, missing="None: every task was answered, and every answer was usable.")
     counted: Counter[tuple[str, ...]] = Counter()

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.clientapp import ClientApp
 
 from fedcore import __version__
-from fedcore.errors import InvalidSetting, LinkRefused, MalformedFrame, UnusableCheckpoint
+from fedcore.errors import InvalidSetting, LinkRefused, MalformedFrame, RunOver, UnusableCheckpoint
 from fedcore.flower import adopt_identity
 from fedcore.tasks import printable
 from fedcore.tls import Credentials
@@ -143,6 +143,10 @@ class ClientAgent:
             try:
                 link = await Link.open(self.server, self.credentials, self.server_name, self._hello(),
                                        self._bench.introduction, self.pace)
+            except RunOver as error:
+                self.end_reason = str(error)
+                self._over.set()
+                return
             except (ConnectionError, MalformedFrame, OSError) as error:
                 reason = str(error)
             else:

@@ -60,6 +60,8 @@ class Board:
         self.assigned: dict[str, int] = {}    # partitions of clients that name none
         self.credits = Credits(settings.max_uploads, settings.max_upload_bytes, self._evict)
         self.largest_request = 0
+        self._newest_model = 0                # where the model of the requests in `_keeping` lies in memory
+        self._keeping: set[str] = set()
         self.counts = {"replays": 0, "incidents": 0}
 
     # ---- members ----------------------------------------------------------------------------------------------------
@@ -197,12 +199,23 @@ class Board:
             member.down.add(framed.size, self.now())
 
     def delivered(self, job: Job) -> None:
-        """Note that a node has a request whole: the server need not keep it."""
+        """Note that a node has a request whole.
+
+        Requests with the newest model are kept until they are answered: a client that is started anew in the middle of
+        its task is given it again. That costs no memory where all requests share one model, as in a round.
+        """
         if job.stage == "waiting":
             job.enter("working", self.now())
-        if job.framed is not None and job.framed.size + len(job.framed.head) > INLINE_BYTES:
-            job.framed = None
-            job.message = without_content(job)
+        if job.framed is None or job.framed.size + len(job.framed.head) <= INLINE_BYTES:
+            return
+        model = job.framed.largest_address()
+        if model != self._newest_model:
+            for name in self._keeping:
+                if (kept := self.jobs.get(name)) is not None and kept.framed is not None:
+                    kept.framed = None
+                    kept.message = without_content(kept)
+            self._newest_model, self._keeping = model, set()
+        self._keeping.add(job.name)
 
     def expire(self, job: Job) -> None:
         """Give up on a job whose time is over."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 from grpc import aio
 
-from fedcore.errors import LinkRefused, MalformedFrame, TaskLost, TooSlow
+from fedcore.errors import LinkRefused, MalformedFrame, RunOver, StreamCut, TaskLost, TooSlow
 from fedcore.tasks import printable
 from fedcore.tls import Credentials, channel_credentials
 from fedcore.transport.frames import Assembler, Framed
@@ -64,6 +64,7 @@ class Link:
 
         Raises:
             LinkRefused: the server turned this client away for good.
+            RunOver: there is nothing left to do.
             ConnectionError: it is not reachable, or wants this client to come again later.
             MalformedFrame: it is no fedcore server.
         """
@@ -77,6 +78,9 @@ class Link:
             if kind == "refused":
                 reason = printable(str(answer.facts.get("reason")))
                 raise (ConnectionError if answer.facts.get("retry") else LinkRefused)(reason)
+            if kind == "bye":
+                reason = printable(str(answer.facts.get("reason")))
+                raise (RunOver if answer.facts.get("final") else ConnectionError)(reason)
             if kind != "welcome":
                 raise MalformedFrame("the server does not speak this protocol")
             return cls(channel, call, answer.facts, pace, credentials is None)
@@ -139,7 +143,7 @@ class Link:
             assert found is not None
             try:
                 await read_body(call.read, found.assembler, self._pace, self._count_down)
-            except (MalformedFrame, TooSlow, grpc.RpcError) as error:
+            except (MalformedFrame, StreamCut, TooSlow, grpc.RpcError) as error:
                 if found.assembler.missing:
                     raise Broken(found, str(error)) from error
                 raise

@@ -128,6 +128,11 @@ class Journal:
                 self.entries.pop()
 
     @property
+    def tasks(self) -> list[str]:
+        """Ids of all tasks whose replies are here."""
+        return [str(entry.id) for entry in self.entries]
+
+    @property
     def untaken(self) -> list[str]:
         """Ids of the tasks whose replies the server has not used, as far as is known."""
         return [str(entry.id) for entry in self.entries if not entry.taken]

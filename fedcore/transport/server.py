@@ -138,8 +138,10 @@ class Server:
             if member.connected:
                 member.outbox.put_nowait(_bye(reason, final))
                 member.outbox.put_nowait(None)
-        until = self.now + CLOSING_S
-        while any(member.connected for member in self.board.members.values()) and self.now < until:
+        awaited = {member.name for member in self.board.members.values() if not member.connected} if final else set()
+        until, patient_until = self.now + CLOSING_S, self.now + self.settings.linger_s
+        while (any(member.connected for member in self.board.members.values()) and self.now < until) or (
+                awaited - self.service.dismissed and self.now < patient_until):
             await asyncio.sleep(0.01)
         await self._grpc.stop(0.5)
 

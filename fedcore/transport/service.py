@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 from grpc import aio
 
 from fedcore import __version__
-from fedcore.errors import BadCertificate, MalformedFrame, TooSlow, shown
+from fedcore.errors import BadCertificate, MalformedFrame, StreamCut, TooSlow, shown
 from fedcore.tasks import printable
 from fedcore.tls import Identity, identity_of
 from fedcore.transport.board import UNREADABLE, Board, Refusal, read_ids
@@ -45,6 +45,7 @@ class LinkService:
         self.board, self.settings, self.pool, self.secure = board, settings, pool, secure
         self.refuse, self.run_config, self.status = refuse, run_config, status
         self.ending: dict[str, Any] | None = None    # what whoever comes now is told
+        self.dismissed: set[str] = set()             # who has come since, and was told
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what gRPC calls."""
@@ -112,7 +113,13 @@ class LinkService:
             async with asyncio.timeout(HELLO_S):
                 hello = unpack(await context.read())
             caller = self._name(hello, identity, caller)
+            if self.ending is not None:
+                await context.write(pack({"kind": "bye", **self.ending}))
+                self.dismissed.add(caller)
+                return
             member = await self._let_in(caller, identity, hello)
+        except StreamCut:
+            return    # it came and went without a word
         except (Refusal, MalformedFrame, TimeoutError) as error:
             reason = str(error) or f"it said nothing for {HELLO_S:g} s"
             self.board.incident(caller, reason)
@@ -144,8 +151,6 @@ class LinkService:
         return claimed
 
     async def _let_in(self, name: str, identity: Identity | None, hello: Envelope) -> Member:
-        if self.ending is not None:
-            raise Refusal(str(self.ending["reason"]), retry=not self.ending["final"])
         holds = read_ids(hello.facts.get("holds"))
         introduction = hello.content()[1] if hello.head else None
         if introduction is not None and not isinstance(introduction, RecordDict):
@@ -266,7 +271,8 @@ class LinkService:
         try:
             return unpack(message)
         except MalformedFrame as error:
-            self.board.incident(printable(context.peer()), str(error))
+            if not isinstance(error, StreamCut):    # a connection that was cut is nobody's fault
+                self.board.incident(printable(context.peer()), str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             raise
 
@@ -291,6 +297,9 @@ class LinkService:
                 content = await self._receive(member, job, plan, envelope.head, context)
                 if content is not None:
                     self.board.arrive(job, content, plan.facts)
+            except StreamCut as error:
+                logger.info("A reply of client %s was cut off, and will be continued: %s.", member.name, error)
+                return
             except MalformedFrame as error:
                 self._cannot_read(member, job, str(error))
             await context.write(pack({"kind": "done"}))

@@ -18,6 +18,7 @@ class LinkSettings:
         heartbeat_s: how often a client says that it is there; after three of them in silence it counts as gone.
         grace_s: how long a client that lost its connection is waited for before it counts as gone.
         resume_grace_s: the same after the server itself was restarted.
+        linger_s: how long, when the run is over, clients that are away are waited for, to be told.
         check_s: how often the identities of connected clients are checked again (revocation).
         observers: names of nodes that may see the state of all (`fedcore status`).
     """
@@ -30,6 +31,7 @@ class LinkSettings:
     heartbeat_s: float = 10.0
     grace_s: float = 30.0
     resume_grace_s: float = 120.0
+    linger_s: float = 10.0
     check_s: float = 2.0
     observers: tuple[str, ...] = ()
 
@@ -43,7 +45,7 @@ class LinkSettings:
         for name in ("heartbeat_s", "check_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidSetting(name, getattr(self, name), "a positive number of seconds")
-        for name in ("grace_s", "resume_grace_s"):
+        for name in ("grace_s", "resume_grace_s", "linger_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidSetting(name, getattr(self, name), "a number of seconds, at least 0")
 

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fedcore.errors import InvalidSetting, MalformedFrame, TooSlow
+from fedcore.errors import InvalidSetting, StreamCut, TooSlow
 from fedcore.transport.frames import CHUNK_BYTES, Assembler, Framed
 
 Counter = Callable[[int], None]
@@ -97,13 +97,14 @@ async def read_body(
 
     Raises:
         TooSlow: the other end does not send it.
-        MalformedFrame: it sends something else, or ends too early.
+        StreamCut: the stream ends too early.
+        MalformedFrame: it sends something else.
     """
     async with progress(pace, assembler.missing) as moved:
         while assembler.missing:
             chunk = await read()
             if not isinstance(chunk, bytes):
-                raise MalformedFrame(f"the stream ended with {assembler.missing} bytes missing")
+                raise StreamCut(f"the stream ended with {assembler.missing} bytes missing")
             added = assembler.add(chunk)
             moved.add(added)
             count(added)

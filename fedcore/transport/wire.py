@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedcore.errors import MalformedFrame
+from fedcore.errors import MalformedFrame, StreamCut
 from fedcore.seeds import derive_seed
 from fedcore.transport.frames import CHUNK_BYTES, MAX_HEAD_BYTES, Framed
 from fedcore.transport.pool import ALIGNMENT
@@ -104,7 +104,7 @@ def unpack(message: object) -> Envelope:
         MalformedFrame: nobody of ours wrote it, or the stream is over.
     """
     if not isinstance(message, bytes):
-        raise MalformedFrame("the stream ended where a message was expected")
+        raise StreamCut("the stream ended where a message was expected")
     text, rest = _cut(memoryview(message))
     head, body = _cut(rest) if len(rest) else (rest, rest)
     return Envelope(parse(text), bytes(head), body)

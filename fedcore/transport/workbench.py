@@ -110,7 +110,8 @@ class Workbench:
 
     def holds(self) -> list[str]:
         """Return the tasks that this client has, finished or not."""
-        finished = self.journal.untaken if self.journal is not None else stored_tasks(self.state_folder)
+        # Those that were taken, too: a server that was restored to an earlier moment may ask for them again.
+        finished = self.journal.tasks if self.journal is not None else stored_tasks(self.state_folder)
         begun = [self._running] if self._running is not None else []
         return finished + [entry.name for entry in (*begun, *self._queue.values())
                            if entry.inline is not None or entry.ready_at]
@@ -128,8 +129,9 @@ class Workbench:
         if undone:
             logger.warning("The server was restored to an earlier moment: %d tasks are undone here, too.", len(undone))
         wanted, arrived = set(welcome.get("open", ())), set(welcome.get("arrived", ()))
-        await self._on_disk(journal.set_taken, [name for name in journal.untaken if name not in wanted | arrived])
+        # The marks first: they say which of the replies that were taken must be kept all the same.
         await self._on_disk(journal.set_marks, welcome.get("marks"))
+        await self._on_disk(journal.set_taken, [name for name in journal.untaken if name not in wanted | arrived])
         for entry in [*self._queue.values(), *([self._running] if self._running is not None else [])]:
             entry.dropped = position(entry.id, journal.lineage) is None
         self._queue = {name: entry for name, entry in self._queue.items() if name in wanted and not entry.dropped}

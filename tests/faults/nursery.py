@@ -1,0 +1,79 @@
+"""Starts `fedcore` commands as processes of their own, in milliseconds: all are forked from one that has imported.
+
+    python nursery.py    # then one JSON object per line on stdin: {"start": [arguments], "log": path} or {"ended": pid}
+
+It answers each with one line: {"pid": number}, or {"status": exit status, minus the signal, or null while it runs}.
+"""
+import json
+import os
+import select
+import sys
+import time
+
+import torch  # noqa: F401 (what takes long to import is imported here, once)
+
+import fedcore.deploy_commands  # noqa: F401
+import fedcore.simulations.run  # noqa: F401
+import fedcore.transport.agent  # noqa: F401
+from fedcore.cli import main
+
+
+def start(arguments: list[str], log: str, folder: str, jump_s: float) -> int:
+    """Fork a process that runs a command, with a wall clock that is off by so many seconds; returns its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.setsid()
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, null), (1, output), (2, output)):
+            os.dup2(source, target)
+        if jump_s:
+            right = time.time
+            time.time = lambda: right() + jump_s
+        sys.argv = ["fedcore", *arguments]
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    """Answer requests until stdin closes."""
+    ended: dict[int, int] = {}
+    buffer = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], 0.02)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        if not ready:
+            continue
+        data = os.read(0, 1 << 16)
+        if not data:
+            return
+        buffer += data
+        while b"\n" in buffer:
+            line, buffer = buffer.split(b"\n", 1)
+            request = json.loads(line)
+            if "start" in request:
+                answer = {"pid": start(request["start"], request["log"], request["folder"], request["jump_s"])}
+            else:
+                answer = {"status": ended.get(request["ended"])}
+            os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve()
