@@ -18,7 +18,7 @@ from fedcore.deploy import Address, Deployment, ServerLink, ask_status, open_tls
 from fedcore.errors import BadInput, LinkRefused, StoppedEarly
 from fedcore.launch import new_folder, one_torch_thread, quiet_flower
 from fedcore.progress import Progress
-from fedcore.recorder import CONFIG_FILE
+from fedcore.recorder import CONFIG_FILE, Listener
 from fedcore.report import write_report
 from fedcore.report.scales import seconds
 from fedcore.runs import Run
@@ -101,7 +101,7 @@ def _serve(
     """Run the server; returns the run, and the signal that ended it early, if one did."""
     with one_torch_thread(), quiet_flower(), contextlib.ExitStack() as stack:
         progress = Progress.of(console, experiment)
-        listeners = [progress.on_row]
+        listeners: list[Listener] = [progress.on_row]
 
         def on_row(row: dict[str, Any]) -> None:
             for listener in listeners:
