@@ -57,10 +57,14 @@ class Recorder:
     Args:
         folder: where the two files go; None keeps nothing on disk.
         listeners: called with every metrics row.
+
+    Attributes:
+        task_listeners: called with every row of the timeline.
     """
 
     def __init__(self, folder: Path | None = None, listeners: tuple[Listener, ...] = ()):
         self.folder, self._listeners = folder, listeners
+        self.task_listeners: list[Listener] = []
         self._files: dict[str, IO[str]] = {}
         self._lock = threading.RLock()
         if folder is not None:
@@ -79,6 +83,8 @@ class Recorder:
     def task(self, row: Row) -> None:
         """Write one row of the timeline: a client task that ended."""
         self._write(TIMELINE_FILE, row)
+        for listener in self.task_listeners:
+            listener(row)
 
     def _write(self, name: str, row: Row) -> None:
         with self._lock:

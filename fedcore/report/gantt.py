@@ -5,6 +5,7 @@ too much to look at, clients are sampled, and the whole run is drawn as strips o
 """
 import json
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -97,7 +98,9 @@ def closer_window(tasks: Sequence[Task], whole: Window) -> Window | None:
 
 def legend_for(drawn: Markup) -> Markup:
     """Return what the colours mean, for the colours that occur in the charts."""
-    return legend_of((name, words) for name, words in LEGEND if f'<path class="{name}' in drawn or name == "waiting")
+    # Groups are g0, g1, ...; "grid" is none of them.
+    return legend_of((name, words) for name, words in LEGEND
+                     if re.search(rf'<path class="{name}(\d*)"', drawn) or name == "waiting")
 
 
 def chart(title: str, facts: Facts, tasks: Sequence[Task], window: Window, updates: Sequence[float],

@@ -16,7 +16,7 @@
   };
   const back = (place, low, high, log) => log ? low * (high / low) ** place : low + place * (high - low);
 
-  document.querySelectorAll(".area[data-hover]").forEach(area => {
+  const answerCurves = root => root.querySelectorAll(".area[data-hover]").forEach(area => {
     const [x0, x1, y0, y1, logX, logY] = area.dataset.hover.split(",").map(Number);
     const lines = [...area.querySelectorAll("path.line")].map(path => ({
       label: path.dataset.label,
@@ -38,7 +38,7 @@
     });
   });
 
-  document.querySelectorAll(".area[data-window]").forEach(area => {
+  const answerTimelines = root => root.querySelectorAll(".area[data-window]").forEach(area => {
     const source = area.querySelector("script");
     if (!source) return;
     const tasks = JSON.parse(source.textContent), [start, end] = area.dataset.window.split(",").map(Number);
@@ -51,4 +51,8 @@
       if (task) show(event, task[3] + ", " + round(task[1]) + " to " + round(task[2]) + " s: " + task[4]); else hide();
     });
   });
+
+  // A page that changes while it is shown asks again for what is new.
+  window.fedcoreAnswerPointer = root => { answerCurves(root); answerTimelines(root); };
+  window.fedcoreAnswerPointer(document);
 })();

@@ -207,3 +207,9 @@ def test_the_report_says_why_the_run_stopped(made_up_run, reason, words):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(NotARun):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("strategy, grouped", [("fedcompass", True), ("fedavg", False)])
+def test_the_legend_speaks_of_groups_only_where_there_are_some(made_up_run, strategy, grouped):
+    html = write_report(made_up_run(strategy=strategy)).read_text(encoding="utf-8")
+    assert ("coloured by arrival group" in html) is grouped
