@@ -118,6 +118,7 @@ def _serve(
 
             page = stack.enter_context(serve_dashboard(deployment.grid.snapshot, folder, dashboard))
             listeners.append(page.on_row)
+            deployment.recorder.task_listeners.append(page.on_task)
             console.print(f"live page: {page.url}", markup=False, soft_wrap=True)
         stack.enter_context(progress)
         stack.enter_context(watch)

@@ -1,6 +1,7 @@
 """The server's four calls: a client's control stream, requests down, replies up, and a look at the state."""
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -355,7 +356,7 @@ class LinkService:
             self.board.incident(printable(context.peer()), error.reason)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.reason)
             raise
-        state = self.status()
+        state = {**self.status(), "protocol": PROTOCOL, "clock_s": time.time()}
         if identity is not None and identity.name not in self.settings.observers:
             state["nodes"] = [node for node in state["nodes"] if node["name"] == identity.name]
         elif identity is None and not is_loopback(context.peer().removeprefix("ipv4:").removeprefix("ipv6:")
