@@ -134,6 +134,7 @@ def trained(mnist: Mnist, classes: int, steps: int, count: int, seed: int) -> li
     return _trained[key]
 
 
+@torch.enable_grad()    # whoever evaluates has switched gradients off
 def train(mnist: Mnist, pool: Samples, classes: int, steps: int, seed: int, client: int) -> nn.Module:
     """Return one client's classifier, trained on images of some classes."""
     # Every class is somebody's: clients take turns in one shuffled row of classes.
