@@ -163,9 +163,9 @@ class Launch(ABC):
         self.task = build_task(settings)
         self.model = self._initial_model()
         self.strategy = driver(settings)
+        self.grid = self.make_grid()    # what may fail comes before the first file
         listeners = tuple(listener for listener in (on_row, *settings.build_writers(folder)) if listener)
         self.recorder = Recorder(folder, listeners)
-        self.grid = self.make_grid()
         self.hub = Hub(self.grid, self.model, self.make_options(), self.recorder)
 
     @abstractmethod

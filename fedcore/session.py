@@ -116,7 +116,7 @@ class Session:
         partition_of = getattr(hub.grid, "partition_of", None)
         # Real clients say who they are when they connect: to know it costs nothing.
         if introduce or partition_of is None or self._saver is not None:
-            self._introduce(ids)
+            self._introduce(ids, billed=introduce or partition_of is None)
         else:
             hub.add_nodes([(Node(node_id, partition_of(node_id), 1, 0.0), "") for node_id in ids])
         hub.start_clock()
@@ -124,8 +124,12 @@ class Session:
         hub.evaluate()
         hub.finish_polls()
 
-    def _introduce(self, node_ids: Sequence[int]) -> None:
-        """Learn who the first nodes are: from the grid where it can tell without a message, else by asking them."""
+    def _introduce(self, node_ids: Sequence[int], billed: bool) -> None:
+        """Learn who the first nodes are: from the grid where it can tell without a message, else by asking them.
+
+        Args:
+            billed: count what they say of themselves, as the simulator does for strategies that need to know it.
+        """
         introduction_of = getattr(self.hub.grid, "introduction", lambda _: None)
         asked = []
         for index, node_id in enumerate(node_ids):
@@ -133,7 +137,8 @@ class Session:
             if content is None:
                 asked.append(self._query(node))
             else:
-                self.hub.totals["bytes_up"] += wire_bytes(content)    # as the answer that it stands for
+                if billed:
+                    self.hub.totals["bytes_up"] += wire_bytes(content)    # as the answer that it stands for
                 self._admit(node, content)
         ready_s = self.hub.options.ready_timeout_s
         replies = self.hub.collect(asked, deadline_s=math.inf if ready_s is None else ready_s, min_replies=0)
