@@ -10,6 +10,7 @@ import fedcore
 
 EXPERIMENT = {"task": "digits", "strategy": "fedavg", "clients": {"count": 2}, "stop": {"rounds": 5},
               "train": {"lr": 0.1, "local_steps": 5}, "checkpoint": {"every_s": 0.1}}
+ECONTROL = {"name": "econtrol", "compressor": {"name": "top_k", "fraction": 0.1}}
 # Slow enough that a signal comes in the middle.
 LONG = {**EXPERIMENT, "stop": {"rounds": 100_000}}
 
@@ -25,7 +26,8 @@ def tls(machines):
     assert machines.run("certs", "init", "--ca", "ca")[0] == 0
     assert machines.run("certs", "server", "--ca", "ca", "--out", "tls/server")[0] == 0
     for index in range(2):
-        assert machines.run("certs", "node", "--name", f"site-{index}", "--ca", "ca", "--out", f"tls/site-{index}")[0] == 0
+        name = f"site-{index}"
+        assert machines.run("certs", "node", "--name", name, "--ca", "ca", "--out", f"tls/{name}")[0] == 0
     return machines.folder / "tls"
 
 
@@ -33,8 +35,7 @@ def tls(machines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fedavg", {"name": "econtrol", "compressor": {"name": "top_k", "fraction": 0.1}}],
-                         ids=["fedavg", "econtrol"])
+@pytest.mark.parametrize("strategy", ["fedavg", ECONTROL], ids=["fedavg", "econtrol"])
 def test_the_model_has_the_bits_of_the_simulation_over_mutual_tls(machines, tls, tmp_path, strategy):
     machines.write({**EXPERIMENT, "strategy": strategy})
     server = machines.server("--tls", tls / "server")
@@ -112,7 +113,7 @@ def test_a_checkpoint_that_was_cut_short_falls_back_to_the_one_before(machines, 
 @pytest.mark.parametrize("words, said", [
     (("server", "experiment.yaml"), "Give --tls DIR"),
     (("server", "experiment.yaml", "--listen", "0.0.0.0:9400", "--insecure"), "give --insecure twice"),
-    (("server", "experiment.yaml", "--listen", "nowhere", "--insecure"), "--listen='nowhere', but it must be HOST:PORT"),
+    (("server", "experiment.yaml", "--listen", "nowhere", "--insecure"), "--listen='nowhere', but it must be"),
     (("server", "experiment.yaml", "--tls", "tls", "--insecure"), "exclude each other"),
     (("server", "experiment.yaml", "--tls", "absent"), "absent"),
     (("server", "absent.yaml", "--insecure"), "absent.yaml"),
