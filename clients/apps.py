@@ -3,17 +3,19 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
 from fedcore.clients.books import Limits
+from fedcore.clients.compression import compression_mod
 from fedcore.clients.data import batches_per_pass
 from fedcore.clients.requests import KINDS, Request
+from fedcore.compressed import Asked
 from fedcore.errors import ReleaseRefused
 from fedcore.feedback import ACTION
 from fedcore.flower import record_of
-from fedcore.payload import REPLY, Estimate, Estimator, wire_bytes
+from fedcore.payload import REPLY, Estimate, Estimator, single_record, wire_bytes
 from fedcore.privacy.wire import ACTION as PRIVATE_ACTION
 
 # A forward pass costs about a third of a training step.
@@ -55,9 +57,11 @@ class EstimatingApp(ClientApp):
     def __init__(self, client: Client, mods: Sequence[Mod] | None = None, private: bool = False):
         super().__init__()
         open_to_all = partial(_unless_private, private)
-        self.estimate: Estimator | None = None if mods else client.estimate
+        self.client = client
+        self.estimate: Estimator | None = None if mods else self._estimate
         self.describe: Callable[[Context], RecordDict] = client.describe
-        self.train(mods=list(mods or []))(open_to_all(client.train))
+        # Before all others: they see what was trained, and only then is it compressed.
+        self.train(mods=[compression_mod, *(mods or [])])(open_to_all(client.train))
         # Flower's mods are about training: its clipping mods fail on a message that brings no model back.
         self.evaluate()(open_to_all(client.evaluate))
         self.query()(client.query)
@@ -65,6 +69,16 @@ class EstimatingApp(ClientApp):
             self.train(ACTION, mods=list(mods or []))(open_to_all(gradient))
         if (answer := getattr(client, "private_answer", None)) is not None:
             self.train(PRIVATE_ACTION, mods=list(mods or []))(answer)
+
+    def _estimate(self, message: Message, context: Context) -> Estimate | None:
+        found = self.client.estimate(message, context)
+        if found is None or message.metadata.message_type != MessageType.TRAIN:
+            return found
+        asked = Asked.of(message.content)
+        if asked is None:
+            return found
+        layout = asked.layout(single_record(message.content, ArrayRecord, "arrays"))
+        return found._replace(reply_bytes=found.reply_bytes - asked.saved_bytes(layout))
 
 
 def _unless_private(always: bool, answering: Answering) -> Answering:

@@ -1,32 +1,30 @@
 """The client's side of the gradient methods: one stochastic gradient, compressed, and what is remembered of it.
 
-The memory lives in `context.state`, as it was before the last round and as it is after it. The server says which of its
-rounds it used last: a round whose answer was lost is forgotten, and a request that comes twice is answered twice with
-the same bytes, because everything follows from the request and the memory before.
+What a client remembers is kept as `fedcore.clients.memory` says: the number of a task is its round, and the server says
+which of a client's rounds it used last.
 """
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 
-from fedcore.arrays import LazyArray
+from fedcore.clients import memory
 from fedcore.clients.data import Dataset, shuffled_batches
 from fedcore.clients.requests import Request
 from fedcore.clients.task import Task
 from fedcore.clients.training import clip, trainable
-from fedcore.compression.base import Codec
-from fedcore.errors import BadInput, MalformedRequest
+from fedcore.compression.base import unsent_share
+from fedcore.compression.named import codec_asked_for
+from fedcore.errors import MalformedRequest
 from fedcore.payload import CONFIG
 from fedcore.seeds import torch_generator
-from fedcore.strategies.error_feedback import INITS, NEVER, Memory, Rule, registered_compressor, respond, start_codec
+from fedcore.strategies.error_feedback import INITS, NEVER, Memory, Rule, respond, start_codec
 from fedcore.vectors import FlatModule, Layout
 
-ROUNDS, BEFORE, AFTER = "fedcore.feedback", "fedcore.feedback.before", "fedcore.feedback.after"
+ROUNDS = "fedcore.feedback"
 FIELDS = ("error", "estimate", "momentum")
 
 
@@ -77,11 +75,18 @@ def _share(config: Mapping[str, Any], name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one round made of a client: payloads, and whether it began anew."""
+    """What one round made of a client: payloads, and whether it began anew.
+
+    Attributes:
+        estimate: h after the round, shape (d,); None where the method has none.
+        unsent: share of the squared norm of what was to be sent that the payload leaves out.
+    """
 
     begins: bool
     start: Tensor | None
     payload: Tensor | None
+    estimate: Tensor | None
+    unsent: float
 
 
 def answer(asked: GradientRequest, request: Request, gradient: Tensor, layout: Layout, context: Context) -> Answer:
@@ -90,78 +95,49 @@ def answer(asked: GradientRequest, request: Request, gradient: Tensor, layout: L
     Args:
         gradient: g, shape (d,).
     """
-    codec = codec_for(asked.compressor, layout)
+    codec = codec_asked_for(asked.compressor, layout)
     generator = torch_generator(request.seed, request.partition, "compress", request.draw)
+    unsent = 0.0
 
     def compress(vector: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal unsent
         payload = codec.encode(vector, generator)
-        return payload, codec.decode(payload)
+        sent = codec.decode(payload)
+        unsent = unsent_share(vector, sent)
+        return payload, sent
 
-    memory, start = recall(context, asked.after), None
-    begins = memory is None
-    if memory is None:
+    before, start = recall(context, asked.after), None
+    begins = before is None
+    if before is None:
         estimate = torch.zeros_like(gradient) if asked.rule.estimates else None
         starter = start_codec(codec, asked.init)
         if estimate is not None and starter is not None:
             start = starter.encode(gradient, generator)
             estimate = starter.decode(start)
-        memory = Memory.at(asked.rule, gradient, estimate)
+        before = Memory.at(asked.rule, gradient, estimate)
     if start is not None and asked.init == "full":
         # h_0 = g_0 is this round's gradient: D_0 = C(0) = 0 need not be sent, and changes nothing.
-        after, payload = memory, None
+        after, payload = before, None
     else:
-        after, payload = respond(asked.rule, memory, gradient, compress)
-    keep(context, None if begins else memory, asked.after, after, asked.round)
-    return Answer(begins, start, payload)
-
-
-@lru_cache(maxsize=16)
-def codec_for(compressor: str, layout: Layout) -> Codec:
-    """Return the codec that a request names, fitted to a model.
-
-    Raises:
-        MalformedRequest: it is none that this client knows.
-    """
-    try:
-        spec = json.loads(compressor)
-        if not isinstance(spec, dict):
-            raise MalformedRequest(f"The request's compressor is {compressor[:80]!r}, which has no name.")
-        built = registered_compressor(spec)
-    except (ValueError, BadInput) as error:
-        raise MalformedRequest(f"The request's compressor cannot be built: {error}") from error
-    return built.codec([spec.shape for spec in layout.params], layout.dtype)
+        after, payload = respond(asked.rule, before, gradient, compress)
+    keep(context, None if begins else before, asked.after, after, asked.round)
+    return Answer(begins, start, payload, after.estimate, unsent)
 
 
 def recall(context: Context, after: int) -> Memory | None:
     """Return what this client remembered after a round; None when it does not know that round, or never had one."""
-    rounds = context.state.get(ROUNDS)
-    if after == NEVER or not isinstance(rounds, ConfigRecord):
-        return None
-    for key in (AFTER, BEFORE):
-        record = context.state.get(key)
-        if rounds.get(key) == after and isinstance(record, ArrayRecord):
-            return Memory(**{name: torch.from_numpy(array.numpy()) for name, array in record.items()})
-    return None
+    found = None if after == NEVER else memory.recall(context, ROUNDS, after)
+    return None if found is None else Memory(**found)
 
 
 def keep(context: Context, before: Memory | None, before_round: int, after: Memory, after_round: int) -> None:
     """Write what this client remembers, before and after a round."""
-    rounds = ConfigRecord({AFTER: after_round})
-    context.state[AFTER] = _record(after)
-    if before is None:
-        context.state.pop(BEFORE, None)
-    else:
-        rounds[BEFORE] = before_round
-        context.state[BEFORE] = _record(before)
-    context.state[ROUNDS] = rounds
+    old = None if before is None else _vectors(before)
+    memory.keep(context, ROUNDS, old, before_round, _vectors(after), after_round)
 
 
-def _record(memory: Memory) -> ArrayRecord:
-    record = ArrayRecord()
-    for name in FIELDS:
-        if (values := getattr(memory, name)) is not None:
-            record[name] = LazyArray(values.numpy())
-    return record
+def _vectors(remembered: Memory) -> dict[str, Tensor]:
+    return {name: values for name in FIELDS if (values := getattr(remembered, name)) is not None}
 
 
 def stochastic_gradient(

@@ -21,13 +21,25 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
-from fedcore.feedback import BEGINS, BUFFERS, contribution_arrays
+from fedcore.feedback import BEGINS, BUFFERS, ESTIMATE, contribution_arrays, fingerprint
 from fedcore.flower import record_of, reply_to
-from fedcore.payload import ARRAYS, INFO, METRICS, REPLY, Estimate, VectorRecord, read_arrays, single_record, wire_bytes
+from fedcore.payload import (
+    ARRAYS,
+    COMPRESSION_ERROR,
+    INFO,
+    METRICS,
+    REPLY,
+    Estimate,
+    VectorRecord,
+    read_arrays,
+    single_record,
+    wire_bytes,
+)
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
 
 TRAIN_METRICS = ("num-examples", "work-steps", "train-seconds", "loss")
+GRADIENT_METRICS = (*TRAIN_METRICS, COMPRESSION_ERROR)
 # Where a client that follows a schedule keeps how many steps it has trained.
 PROGRESS, STEPS_DONE = "fedcore.progress", "steps-done"
 
@@ -117,11 +129,14 @@ class TorchClient:
             values, loss = stochastic_gradient(
                 self.task, flat, data, self.settings.batch_size, self.settings.clip_norm, order)
         answered = answer(asked, request, values, flat.layout, context)
-        figures = (len(data), 1, time.perf_counter() - started, loss)
+        figures = (len(data), 1, time.perf_counter() - started, loss, answered.unsent)
+        said = ConfigRecord({BEGINS: answered.begins})
+        if answered.estimate is not None:
+            said[ESTIMATE] = fingerprint(answered.estimate)
         content = RecordDict({
             ARRAYS: contribution_arrays(answered.payload, answered.start),
-            METRICS: record_of(MetricRecord, dict(zip(TRAIN_METRICS, figures, strict=True))),
-            REPLY: ConfigRecord({BEGINS: answered.begins}),
+            METRICS: record_of(MetricRecord, dict(zip(GRADIENT_METRICS, figures, strict=True))),
+            REPLY: said,
         })
         if flat.layout.buffers:
             content[BUFFERS] = ArrayRecord({name: Array(value.numpy()) for name, value in flat.buffers().items()})

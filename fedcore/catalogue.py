@@ -240,13 +240,14 @@ PROVIDED = {
 }
 
 # Settings that belong to the place and not to the plug-in's constructor.
-BESIDES = {"schedules": ("unit",)}
+BESIDES = {"schedules": ("unit",), "compressors": ("error_feedback",)}
 
 # Where an experiment's other sections are tried out, because the ranges of their settings are known there.
 TASK_TRIAL = "fedcore.clients.build:build_task"
 TRAIN_TRIAL = "fedcore.clients.settings:TrainSettings"
 OPTIMIZER_TRIAL = "fedcore.clients.optim:OptimizerFactory"
 SCHEDULE_TRIAL = "fedcore.clients.schedules:make_schedule"
+COMPRESSION_TRIAL = "fedcore.compressed:Compression"
 SIMULATION_TRIALS = {
     "devices": "fedcore.simulations.devices:Devices",
     "network": "fedcore.simulations.network:Network",

@@ -8,7 +8,14 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from fedcore import registry
-from fedcore.catalogue import OPTIMIZER_TRIAL, SCHEDULE_TRIAL, SIMULATION_TRIALS, TASK_TRIAL, TRAIN_TRIAL
+from fedcore.catalogue import (
+    COMPRESSION_TRIAL,
+    OPTIMIZER_TRIAL,
+    SCHEDULE_TRIAL,
+    SIMULATION_TRIALS,
+    TASK_TRIAL,
+    TRAIN_TRIAL,
+)
 from fedcore.config import ExistingFile, Experiment, PlugIn, Section
 from fedcore.consistency import contradictions, doubts
 from fedcore.errors import BadExperiment, BadInput, InvalidSetting, MissingSetting, UnknownSetting
@@ -172,6 +179,8 @@ def _try_out(experiment: Experiment) -> tuple[Any, Any, list[BadInput]]:
         "optimizer": lambda: registry.load(OPTIMIZER_TRIAL)(train.optimizer),
         "schedule": lambda: registry.load(SCHEDULE_TRIAL)(train.schedule, train.lr),
     }
+    if experiment.compression is not None:
+        attempts["compression"] = partial(registry.load(COMPRESSION_TRIAL).of, experiment.compression)
     for name, target in SIMULATION_TRIALS.items():
         section = getattr(simulation, name)
         settings = section.model_dump() if isinstance(section, Section) else section

@@ -168,6 +168,7 @@ class Experiment(Section):
     strategy: Annotated[Spec, PlugIn("strategies")]
     clients: Clients = Clients()
     train: Train = Train()
+    compression: Annotated[Spec, PlugIn("compressors")] | None = None
     stop: Stop = Stop()
     evaluate: Evaluate = Evaluate()
     round: Round = Round()

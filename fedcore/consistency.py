@@ -6,6 +6,9 @@ from fedcore.config import Experiment, name_of
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.schema import nearest
 
+# Flower's wrappers that rely on the clients for the norm of what they send.
+CLIPPED_BY_CLIENTS = ("dp_client_fixed_clipping", "dp_client_adaptive_clipping")
+
 
 def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[BadInput]:
     """Return what cannot be meant, or would make the run wait forever.
@@ -14,7 +17,8 @@ def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[Bad
         task, strategy: as built from the settings; None where they could not be built.
     """
     found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
-    return [*found, *_taking_part(experiment, strategy), *_only_evaluating(experiment, task, strategy)]
+    found += [*_taking_part(experiment, strategy), *_compressing(experiment, strategy)]
+    return [*found, *_only_evaluating(experiment, task, strategy)]
 
 
 def _training(experiment: Experiment) -> list[BadInput]:
@@ -114,6 +118,16 @@ def _only_evaluating(experiment: Experiment, task: Any, strategy: Any) -> list[B
 
 def _is_black_box(task: Any) -> bool:
     return hasattr(task, "dimension") and any(hasattr(task, name) for name in ("evaluate", "evaluate_many"))
+
+
+def _compressing(experiment: Experiment, strategy: Any) -> list[BadInput]:
+    if experiment.compression is None or strategy is None:
+        return []
+    name = experiment.strategy_name
+    reason = getattr(strategy, "no_compression", "")
+    if name in CLIPPED_BY_CLIENTS:
+        reason = "What a client adds from its memory is not clipped, so the noise would not protect it."
+    return [InvalidSetting("compression", experiment.compression, f"left out with {name}", reason)] if reason else []
 
 
 def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy: Any) -> list[str]:

@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from fedcore.accounts import Accounts
 from fedcore.clock import Event
-from fedcore.errors import FedcoreError, NothingCanHappen, RunEnded
+from fedcore.errors import FedcoreError, MalformedReply, NothingCanHappen, RunEnded
 from fedcore.flower import adopt_identity
 from fedcore.options import RunOptions
 from fedcore.payload import wire_bytes
@@ -294,6 +294,10 @@ class Exchange(Accounts):
         if failed:
             return self._intercept(task, self._fail(task, message))
         self._unread[task.id] = task
+        try:
+            message = self._opened(task, message)
+        except MalformedReply as error:
+            return self._intercept(task, self.refuse(task, error.reason, task.bytes_up))
         return self._intercept(task, Answer(
             task.node, task.id, message.content, message, self._now - task.sent_at, task.bytes_up, task.action, task
         ))
@@ -306,6 +310,14 @@ class Exchange(Accounts):
         """End the tasks whose answers somebody has received and found nothing wrong with."""
         for task in list(self._unread.values()):
             self._end(task, "ok", task.bytes_up)
+
+    def _opened(self, task: Task, message: Message) -> Message:
+        """Return an answer as strategies read it; a subclass may have asked for another form.
+
+        Raises:
+            MalformedReply: it is not in that form.
+        """
+        return message
 
     def _intercept(self, task: Task, outcome: Answer | Failure) -> Answer | Failure | None:
         """Let a subclass keep what no strategy waits for."""

@@ -3,6 +3,7 @@
 The payloads travel as arrays of bytes: `payload` is D, `start` the gradient estimate that a client begins with.
 """
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fedcore.arrays import LazyArray
 from fedcore.compression.base import Codec
-from fedcore.errors import MalformedReply
+from fedcore.errors import MalformedReply, shown
 from fedcore.payload import (
     ARRAYS,
     REPLY,
@@ -25,7 +26,7 @@ from fedcore.vectors import Layout, TensorSpec, check_names
 
 # The message type, and the action that a ClientApp registers for it.
 GRADIENT, ACTION = "train.gradient", "gradient"
-PAYLOAD, START, BUFFERS, BEGINS = "payload", "start", "buffers", "begins"
+PAYLOAD, START, BUFFERS, BEGINS, ESTIMATE = "payload", "start", "buffers", "begins", "estimate"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Contribution:
         begins: the client starts from nothing, because it is new or has forgotten.
         start: its estimate h_0, shape (d,); None where it has none, or zero.
         sent: D, shape (d,); None in a round in which h_0 says it all.
+        estimate: fingerprint of the h that the client has now; None where the method has none.
         buffers: non-trainable values, by name.
     """
 
     begins: bool
     start: Tensor | None
     sent: Tensor | None
+    estimate: int | None
     metrics: dict[str, Any]
     buffers: dict[str, Tensor]
 
@@ -51,6 +54,11 @@ class Contribution:
         vector = self.start if self.sent is None else self.sent
         assert vector is not None
         return vector
+
+
+def fingerprint(vector: Tensor) -> int:
+    """Return a short number that two vectors of different bits hardly ever share (CRC-32)."""
+    return zlib.crc32(memoryview(vector.contiguous().numpy()))
 
 
 def contribution_arrays(payload: Tensor | None, start: Tensor | None) -> ArrayRecord:
@@ -87,6 +95,9 @@ def read_contribution(
     begins = said.get(BEGINS)
     if not isinstance(begins, bool):
         raise MalformedReply(f"the reply does not say under {BEGINS!r} whether the client begins")
+    estimate = said.get(ESTIMATE)
+    if estimate is not None and not isinstance(estimate, int):
+        raise MalformedReply(f"the fingerprint under {ESTIMATE!r} is {shown(estimate)}, but must be a whole number")
     codecs = {}
     if begins and start_codec is not None:
         codecs[START] = start_codec
@@ -94,7 +105,8 @@ def read_contribution(
         codecs[PAYLOAD] = codec
     check_names(arrays, tuple(codecs))
     vectors = {name: _decoded(arrays, name, one) for name, one in codecs.items()}
-    return Contribution(begins, vectors.get(START), vectors.get(PAYLOAD), metrics, _read_buffers(content, layout))
+    buffers = _read_buffers(content, layout)
+    return Contribution(begins, vectors.get(START), vectors.get(PAYLOAD), estimate, metrics, buffers)
 
 
 def _decoded(arrays: ArrayRecord, name: str, codec: Codec) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 from flwr.app import ConfigRecord, MessageType, RecordDict
 from torch import Tensor
 
+from fedcore.compressing import CompressingExchange
 from fedcore.errors import EmptyRound, InvalidSetting, MalformedReply
 from fedcore.evaluation import Poll, Scores
 from fedcore.exchange import HubGrid
 from fedcore.flower import record_of
 from fedcore.options import RunOptions
-from fedcore.payload import ARRAYS, CONFIG, read_train_reply
-from fedcore.polls import Polls
+from fedcore.payload import ARRAYS, COMPRESSION_ERROR, CONFIG, read_train_reply
 from fedcore.recorder import Recorder
 from fedcore.tasks import Answer, Failure, Node, Replies, Reply, Task, as_plain
 from fedcore.vectors import Model
@@ -24,7 +24,7 @@ logger = logging.getLogger("fedcore")
 
 # Plain attributes that a checkpoint holds as they are.
 SAVED = ("model", "version", "round_index", "expected", "failures_in_a_row", "errors_in_a_row", "_now", "_kinds",
-         "_timers", "_draws", "_next_task", "_waiting_room", "barren", "_arrivals")
+         "_timers", "_draws", "_next_task", "_used", "_given", "_waiting_room", "barren", "_arrivals")
 # A node that errs so often in a row is left aside: giving it work again would never end.
 MAX_FAILURES_IN_A_ROW = 3
 # Failures per node of the run, with no good reply among them, after which nothing good will come.
@@ -32,7 +32,7 @@ HOPELESS_FAILURES = 10
 NODE_FIELDS = tuple(entry.name for entry in fields(Node))
 
 
-class Hub(Polls):
+class Hub(CompressingExchange):
     """A strategy's view of the federation.
 
     Attributes:
@@ -113,6 +113,9 @@ class Hub(Polls):
         self.version += 1
         row: dict[str, Any] = {"version": self.version, **self.totals}
         row |= {"nodes": [reply.node.partition for reply in used], "staleness": staleness}
+        left_out = [error for reply in used if isinstance(error := reply.metrics.get(COMPRESSION_ERROR), float)]
+        if left_out:
+            row["compression_error"] = sum(left_out) / len(left_out)
         if weights is not None:
             row["weights"] = list(weights)
         self.recorder.metric(self._now, "update", **row, **figures)

@@ -16,6 +16,7 @@ import yaml
 from flwr.serverapp.strategy import Strategy
 
 from fedcore.checkpoint import Checkpoints
+from fedcore.compressed import Compression
 from fedcore.config import Experiment
 from fedcore.errors import BadInput
 from fedcore.hub import Hub
@@ -198,7 +199,7 @@ class Launch(ABC):
 
         settings, rule = self.settings, self.settings.evaluate
         fn = server_evaluation(self.task) if rule.where == "server" else None
-        stop = settings.stop
+        stop, compression = settings.stop, settings.compression
         return RunOptions(
             seed=settings.seed,
             expected=settings.clients.count,
@@ -209,6 +210,7 @@ class Launch(ABC):
             deadline_factor=settings.round.deadline_factor,
             min_replies_share=settings.round.min_replies_share,
             task_timeout_s=settings.round.task_timeout_s,
+            compression=None if compression is None else Compression.of(compression),
             train_config={} if settings.train.local_steps is None else {"local-steps": settings.train.local_steps},
         )
 

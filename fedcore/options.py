@@ -3,6 +3,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fedcore.compressed import Compression
 from fedcore.vectors import Model
 
 EvaluateFn = Callable[[Model], Mapping[str, float]]
@@ -53,6 +54,7 @@ class RunOptions:
         min_replies_share: least share of a round's replies, in (0, 1], that is waited for beyond the deadline.
         train_config: added to every training request.
         task_timeout_s: a task without an answer for so long counts as lost (Flower's time to live, default 12 hours).
+        compression: how clients compress what they learn; None: they do not.
         ready_timeout_s: how long to wait for the nodes to come; None: as long as it takes.
     """
 
@@ -67,3 +69,4 @@ class RunOptions:
     train_config: Mapping[str, Any] = field(default_factory=dict)
     task_timeout_s: float = 43_200.0
     ready_timeout_s: float | None = None
+    compression: Compression | None = None

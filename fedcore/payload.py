@@ -19,6 +19,8 @@ from fedcore.flower import record_of
 from fedcore.vectors import FLAT_DTYPES, Layout, Model, TensorSpec, check_names, mismatch
 
 ARRAYS, CONFIG, METRICS, REPLY, INFO = "arrays", "config", "metrics", "reply", "info"
+# The metric by which a client says what share of the squared norm its compressed message left out.
+COMPRESSION_ERROR = "compression-error"
 
 # An `.npy` header is 128 bytes for every array of fewer than about 10 dimensions.
 ARRAY_HEADER_BYTES = 128

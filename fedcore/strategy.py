@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedcore.clock import EventfulGrid, PolledGrid
+from fedcore.compressing import CompressedGrid
 from fedcore.hub import Hub
 from fedcore.options import Evaluation, RunOptions, StopRule
 from fedcore.payload import VectorRecord, model_from_arrays
@@ -20,7 +21,13 @@ logger = logging.getLogger("fedcore")
 
 
 class OwnStrategy(Strategy):
-    """Base of our strategies: each is a Flower `Strategy` that decides by itself what happens when."""
+    """Base of our strategies: each is a Flower `Strategy` that decides by itself what happens when.
+
+    Attributes:
+        no_compression: why an experiment's section `compression` does not suit this strategy; empty: it does.
+    """
+
+    no_compression = ""
 
     def check_clients(self, count: int) -> None:
         """Raise `InvalidSetting` where the settings do not suit so many clients; asked before a run begins."""
@@ -111,7 +118,12 @@ class HubStrategy(OwnStrategy):
             result.evaluate_metrics_serverapp[hub.version] = metrics
             return {name: value for name, value in metrics.items() if not isinstance(value, list)}
 
+        compression = None
+        if isinstance(grid, CompressedGrid):    # the hub does itself what that does, and counts the bytes
+            compression = grid.compression
+            grid = grid.grid
         options = RunOptions(
+            compression=compression,
             stop=StopRule(rounds=num_rounds),
             evaluation=Evaluation("server", fn=evaluate) if evaluate_fn else Evaluation(),
             round_deadline_s=timeout,

@@ -59,6 +59,8 @@ class Task:
     bytes_down: int = 0
     wanted: str = ""             # `update` or `model`, where the hub asked for it
     base: Model | None = None    # kept only where the client may answer with a model instead of an update
+    packed: str = ""             # `update` or `model`, where a compressed answer was asked for: what it is opened to
+    origin: Model | None = None    # the model that was sent; kept where such an answer is to become a model
     for_poll: bool = False       # an evaluation that the hub itself asked for
     note: dict[str, Any] = field(default_factory=dict)
     abandoned: bool = False      # nobody waits for it any more

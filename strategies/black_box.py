@@ -144,6 +144,7 @@ class BlackBoxRounds(RoundStrategy):
     """
 
     needs_black_box = True
+    no_compression = "Its clients search a function, and send no model."
 
     def __init__(self, server_lr: float = 1.0):
         check_number("server_lr", server_lr, above=0, advice="1 takes the mean of the clients' points.")

@@ -26,13 +26,13 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedcore.compression.base import Codec, Compressor
+from fedcore.compression.base import Codec
 from fedcore.compression.dense import Identity
+from fedcore.compression.named import registered_compressor
 from fedcore.errors import InvalidSetting, MalformedReply
-from fedcore.feedback import GRADIENT, Contribution, read_contribution
+from fedcore.feedback import GRADIENT, Contribution, fingerprint, read_contribution
 from fedcore.hub import Hub
 from fedcore.payload import ARRAYS, CONFIG
-from fedcore.registry import build, names
 from fedcore.rounds import RoundStrategy
 from fedcore.strategies.buffers import blend_buffers
 from fedcore.strategies.settings import check_choice, check_number
@@ -136,6 +136,8 @@ class ErrorFeedback(RoundStrategy):
         server_momentum: beta of m <- beta m + u, x <- x - gamma m; in [0, 1).
     """
 
+    no_compression = "It compresses gradients itself: name the compressor under strategy.compressor."
+
     def __init__(
         self, rule: Rule, server_lr: float, compressor: str | Mapping[str, Any], init: str = "full",
         server_momentum: float = 0.0,
@@ -151,6 +153,7 @@ class ErrorFeedback(RoundStrategy):
         self.estimates: dict[int, Tensor] = {}      # h of each client, by partition
         self.used_rounds: dict[int, int] = {}       # the last round in which each client's answer was used
         self.momentum: Tensor | None = None         # m
+        self.mismatches = 0                         # times that a client's h was not the server's
         self._codec: Codec | None = None
 
     def codec(self, hub: Hub) -> Codec:
@@ -180,16 +183,17 @@ class ErrorFeedback(RoundStrategy):
         answers = hub.ask(hub.nodes, GRADIENT, lambda node: self._request(hub, node, round_index, rule))
         used: list[Reply] = []
         sent: dict[int, Tensor] = {}
+        mismatches_before = self.mismatches
         for answer in answers.arrived:
             try:
                 found = read_contribution(
                     answer.content, codec, self._start_codec(codec), self.init == "full", hub.model.layout)
                 self._check_start(answer.node.partition, found)
+                sent[answer.node.partition] = self._contribution(answer.node.partition, found)
             except MalformedReply as error:
                 assert answer.task is not None
                 hub.refuse(answer.task, error.reason, answer.bytes_up)
                 continue
-            sent[answer.node.partition] = self._contribution(answer.node.partition, found)
             self.used_rounds[answer.node.partition] = round_index
             reply = hub.restore_reply({
                 "partition": answer.node.partition, "task_id": answer.task_id, "base_version": hub.version,
@@ -211,7 +215,8 @@ class ErrorFeedback(RoundStrategy):
         buffers = blend_buffers(hub.model.buffers, [reply.buffers for reply in used], [1 / len(used)] * len(used))
         loss = sum(float(reply.metrics["loss"]) for reply in used) / len(used)
         params = server_step(hub.model.params, direction, self.server_lr)
-        hub.publish(params, used, buffers, round=round_index + 1, train={"loss": loss})
+        known: dict[str, Any] = {"h_mismatch": self.mismatches - mismatches_before} if self.rule.estimates else {}
+        hub.publish(params, used, buffers, round=round_index + 1, train={"loss": loss}, **known)
 
     def _request(self, hub: Hub, node: Node, round_index: int, rule: Rule) -> RecordDict:
         config = ConfigRecord({
@@ -234,15 +239,25 @@ class ErrorFeedback(RoundStrategy):
             raise MalformedReply("it sends a difference to an estimate that the server does not have")
 
     def _contribution(self, partition: int, found: Contribution) -> Tensor:
-        """Take in a client's answer, and return D or the client's new h."""
+        """Take in a client's answer, and return D or the client's new h.
+
+        Raises:
+            MalformedReply: the client's h is another; it will begin anew.
+        """
         if not self.rule.estimates:
             assert found.sent is not None
             return found.sent
-        if found.begins:
-            self.estimates[partition] = torch.zeros_like(found.values) if found.start is None else found.start
+        estimate = self.estimates.get(partition)
+        if found.begins or estimate is None:
+            estimate = torch.zeros_like(found.values) if found.start is None else found.start
         if found.sent is not None:
-            self.estimates[partition] = self.estimates[partition] + found.sent
-        return self.estimates[partition]
+            estimate = estimate + found.sent
+        if found.estimate is not None and found.estimate != fingerprint(estimate):
+            self.mismatches += 1
+            self._forget(partition)
+            raise MalformedReply("its gradient estimate is not the one that the server has of it")
+        self.estimates[partition] = estimate
+        return estimate
 
     def _forget(self, partition: int) -> None:
         self.estimates.pop(partition, None)
@@ -251,11 +266,15 @@ class ErrorFeedback(RoundStrategy):
     # ---- what survives a restart ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"estimates": dict(self.estimates), "used_rounds": dict(self.used_rounds), "momentum": self.momentum}
+        return {"estimates": dict(self.estimates), "used_rounds": dict(self.used_rounds), "momentum": self.momentum,
+                "mismatches": self.mismatches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.estimates, self.used_rounds = dict(state["estimates"]), dict(state["used_rounds"])
-        self.momentum = state["momentum"]
+        self.momentum, self.mismatches = state["momentum"], state["mismatches"]
+
+    def summary_figures(self) -> dict[str, float | int | str | None]:
+        return {"h_mismatch": self.mismatches} if self.rule.estimates else {}
 
 
 def start_codec(codec: Codec, init: str) -> Codec | None:
@@ -263,21 +282,6 @@ def start_codec(codec: Codec, init: str) -> Codec | None:
     if init == "full":
         return Identity().codec([(codec.num_values,)], codec.dtype)
     return codec if init == "compressed" else None
-
-
-def registered_compressor(spec: Mapping[str, Any]) -> Compressor:
-    """Build a compressor that every client knows by its name.
-
-    Raises:
-        InvalidSetting: it is none, or has a wrong setting.
-    """
-    name = spec.get("name")
-    if isinstance(name, str) and ":" in name:
-        raise InvalidSetting("compressor", name, f"one of {', '.join(names('compressors'))}",
-                             "Clients import nothing that a server names: register your own under the entry-point "
-                             "group fedcore.compressors.")
-    compressor: Compressor = build("compressors", dict(spec))
-    return compressor
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------------

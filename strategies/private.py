@@ -81,6 +81,7 @@ class PrivateRounds(RoundStrategy):
     """
 
     keeps_records_private = True
+    no_compression = "What its clients send carries noise, which does not compress."
 
     def __init__(
         self, schedule: Schedule, epsilon: float | None, noise_multiplier: float | None, delta: float,

@@ -184,6 +184,12 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
+def unsent_share(vector: Tensor, sent: Tensor) -> float:
+    """Return |v - C(v)|^2 / |v|^2, the share of a vector that its receiver does not get; 0 for a vector of zeros."""
+    squared_norm = float(vector.square().sum(dtype=torch.float64))
+    return float((vector - sent).square().sum(dtype=torch.float64)) / squared_norm if squared_norm else 0.0
+
+
 def kept(fraction: float, size: int) -> int:
     """Return how many of `size` values a fraction is, at least 1."""
     return max(1, round(fraction * size))

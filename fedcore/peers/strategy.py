@@ -25,6 +25,7 @@ class PeerStrategy(OwnStrategy):
     """
 
     by_time: ClassVar[bool] = False
+    no_compression = "Peers exchange with each other, and no server asks them for updates."
 
     @abstractmethod
     async def run(self, peer: Peer) -> None:

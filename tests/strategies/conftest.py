@@ -131,8 +131,8 @@ def federate(
 ) -> Outcome:
     """Run a strategy over clients whose tasks take `times_s` seconds (one each, or several taken in turn)."""
     grid_settings = {name: stop.pop(name) for name in ("availability", "failures", "network") if name in stop}
-    waiting = {name: stop.pop(name) for name in ("round_deadline_s", "deadline_factor", "min_replies_share")
-               if name in stop}
+    waiting = {name: stop.pop(name) for name in (
+        "round_deadline_s", "deadline_factor", "min_replies_share", "compression") if name in stop}
     if centers is None:
         centers = torch.randn(len(times_s), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     task = task or Quadratic(centers, curvatures)

@@ -4,7 +4,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
-from fedcore.clients.gradient import AFTER, BEFORE
+from fedcore.clients.gradient import ROUNDS
+from fedcore.clients.memory import after_key, before_key
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.torch_client import torch_client
 from fedcore.errors import BadInput, InvalidSetting, MalformedRequest
@@ -45,8 +46,8 @@ def run(federate, noisy):
     return start
 
 
-def memory_of(outcome, partition, key=AFTER):
-    record = outcome.hub.grid.engine.labour.states[partition][key]
+def memory_of(outcome, partition):
+    record = outcome.hub.grid.engine.labour.states[partition][after_key(ROUNDS)]
     return {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
 
 
@@ -117,7 +118,7 @@ def test_bytes_up_are_those_of_the_payloads(run, init):
     rounds, full = 5, 8 * DIMENSION
     outcome = run(EControl(0.1, TOP, init=init), rounds=rounds)
     payload = outcome.strategy.codec(outcome.hub).num_bytes + ARRAY_HEADER_BYTES
-    record = 8 * 4 + 8    # four metrics and one word of configuration
+    record = 8 * 5 + 8 * 2    # five metrics, whether it begins, and the fingerprint of h
     starts = {"full": full + ARRAY_HEADER_BYTES - payload, "compressed": payload, "zero": 0}
     expected = CLIENTS * (rounds * (payload + record) + starts[init])
     assert sum(task["bytes_up"] for task in outcome.tasks if task["kind"] == GRADIENT) == expected
@@ -182,7 +183,8 @@ def test_a_round_that_the_server_did_not_use_is_forgotten(node):
     other = Context(0, 1000, {"partition-id": 0}, RecordDict(), {})
     ask(node[0], other, node[2])
     assert payload_of(after_a_loss) == payload_of(ask(node[0], other, node[2], round=2, draw=2, after=0))
-    assert node[1].state[BEFORE]["estimate"].numpy().tolist() == other.state[BEFORE]["estimate"].numpy().tolist()
+    assert node[1].state[before_key(ROUNDS)]["estimate"].numpy().tolist() == \
+        other.state[before_key(ROUNDS)]["estimate"].numpy().tolist()
 
 
 def test_a_client_that_has_forgotten_says_that_it_begins(node):
