@@ -26,7 +26,7 @@ logger = logging.getLogger("fedcore")
 
 T = TypeVar("T")
 # What the last messages may take to reach the clients, seconds.
-CLOSING_S = 2.0
+CLOSING_S = 10.0
 # Files that a process needs beside its connections.
 OTHER_FILES = 256
 # Idle memory kept for the next uploads, as a multiple of the largest request.
