@@ -1,6 +1,7 @@
 """A peer's local training: like a client's, with an optimizer that lives as long as the run."""
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from fedcore.clients.training import Placed, clip, trainable
 from fedcore.errors import BadInput, EmptyClient
 from fedcore.peers.seams import Trained
 from fedcore.seeds import derive_seed, torch_generator
+from fedcore.vectors import FlatModule
 
 
 class PeerWork(Protocol):
@@ -30,6 +32,10 @@ class PeerWork(Protocol):
     def displacement(
         self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
     ) -> tuple[Tensor, float]: ...
+
+    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor: ...
+
+    def forget_optimizer(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -105,9 +111,7 @@ class LocalTraining:
                 self._steps += 1
                 total += loss
         self._draws += 1
-        values = flat.params.cpu()
-        trained = values.clone() if values.data_ptr() == flat.params.data_ptr() else values
-        return Trained(trained, flat.buffers() if shared.flat.layout.buffers else {}, total.item() / steps)
+        return Trained(_detached(flat), flat.buffers() if shared.flat.layout.buffers else {}, total.item() / steps)
 
     def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """Return the gradient of the next batch, shape (d,), and its mean loss."""
@@ -121,31 +125,35 @@ class LocalTraining:
         self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
     ) -> tuple[Tensor, float]:
         """Return what the optimizer's next step subtracts, shape (d,), and the loss (NaN with a given gradient)."""
-        flat, loss = self._load(params, buffers), math.nan
+        loss = math.nan
         if gradient is None:
-            with self._seeded():
-                gradients, measured = self._gradients(next(self._batches()))
-            self._draws += 1
-            loss = measured.item()
-        else:
-            views = flat.layout.views(gradient.to(flat.device))
-            gradients = tuple(views[spec.name] for spec in flat.layout.params)
-        self._optimizer.step(gradients, self._lr())
-        self._steps += 1
-        return params - flat.params.cpu(), loss
+            gradient, loss = self.gradient(params, buffers)
+        return params - self.descend(params, buffers, gradient), loss
 
-    def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> Any:
+    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """Return what the optimizer's next step with a given gradient makes of a model, shape (d,)."""
+        flat = self._load(params, buffers)
+        views = flat.layout.views(gradient.to(flat.device))
+        self._optimizer.step(tuple(views[spec.name] for spec in flat.layout.params), self._lr())
+        self._steps += 1
+        return _detached(flat)
+
+    def forget_optimizer(self) -> None:
+        """Let the optimizer start afresh; the schedule goes on."""
+        self._made = self._restored = None
+
+    def _load(self, params: Tensor, buffers: Mapping[str, Tensor]) -> FlatModule:
         flat = self._shared.flat
         flat.load(params, buffers)
         if not flat.module.training:
             flat.module.train()
         return flat
 
-    def _seeded(self) -> Any:
+    def _seeded(self) -> AbstractContextManager[None]:
         shared = self._shared
         return seeded_torch(derive_seed(shared.seed, self._rank, "torch", self._draws), shared.flat.device)
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[Tensor]:
         shared = self._shared
         order = torch_generator(shared.seed, self._rank, "train", self._draws)
         return shuffled_batches(len(self._data), shared.settings.batch_size, order)
@@ -175,6 +183,12 @@ class LocalTraining:
         self._made, self._restored = None, state["optimizer"]
 
 
+def _detached(flat: FlatModule) -> Tensor:
+    """Return a module's parameters, on the CPU and apart from its own memory."""
+    values = flat.params.cpu()
+    return values.clone() if values is flat.params or values.data_ptr() == flat.params.data_ptr() else values
+
+
 class IdlePeers:
     """Peers that compute nothing: what they are given comes back as it is.
 
@@ -202,6 +216,13 @@ class IdlePeers:
     ) -> tuple[Tensor, float]:
         """Return zero."""
         return torch.zeros_like(params), 0.0
+
+    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """Return the model as it came."""
+        return params
+
+    def forget_optimizer(self) -> None:
+        """There is none."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: there is nothing to remember."""

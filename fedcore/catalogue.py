@@ -49,6 +49,13 @@ STRATEGIES = {
     "fedprox_zo": Entry(f"{_ZEROTH}:FedProxZo", "rounds", "Li et al., 2020, arXiv:1812.06127"),
     "scaffold_zo_1": Entry(f"{_ZEROTH}:ScaffoldZo1", "rounds", "Karimireddy et al., 2020, arXiv:1910.06378"),
     "scaffold_zo_2": Entry(f"{_ZEROTH}:ScaffoldZo2", "rounds", "Karimireddy et al., 2020, arXiv:1910.06378"),
+    "diloco": Entry("fedcore.strategies.diloco:DiLoCo", "peers", "Douillard et al., 2023, arXiv:2311.08105"),
+    "co2": Entry("fedcore.strategies.co2:Co2", "peers", "Sun et al., 2024, arXiv:2401.16265"),
+    "slowmo": Entry("fedcore.strategies.local_sgd:SlowMo", "peers", "Wang et al., 2020, arXiv:1910.00643"),
+    "local_sgd": Entry("fedcore.strategies.local_sgd:LocalSgd", "peers", "Stich, 2019, arXiv:1805.09767"),
+    "all_reduce_sgd": Entry(
+        "fedcore.strategies.all_reduce_sgd:AllReduceSgd", "peers", "Chen et al., 2016, arXiv:1604.00981"
+    ),
     "fedavg": Entry(
         f"{_FLOWER}:FedAvg", _FLOWER_KIND, "McMahan et al., 2017, arXiv:1602.05629",
         "Federated averaging: the mean of all clients' models, weighted by examples.",

@@ -141,6 +141,9 @@ def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy
     steps_given = {"local_steps", "local_epochs"} & _keys(given, "train")
     if steps_given and hasattr(strategy, "rules") and hasattr(strategy.rules, "max_local_steps"):
         found.append(f"train.{steps_given.pop()} has no effect: {name} chooses every client's local steps itself.")
+    if steps_given and hasattr(strategy, "inner_steps"):
+        found.append(f"train.{steps_given.pop()} has no effect: {name} has a setting of its own, strategy.inner_steps.")
+    found += getattr(strategy, "doubts", lambda _: [])(experiment)
     waits = experiment.round.deadline_s is not None or experiment.round.min_replies_share < 1
     if waits and _is_event_driven(strategy):
         found.append(f"round.deadline_s and round.min_replies_share have no effect: {name} has no rounds to wait for.")

@@ -47,6 +47,14 @@ class VirtualLabour:
             await self._take(1)
         return found
 
+    async def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """Return what the optimizer's next step makes of a model; it takes no time, as the gradient took it."""
+        return self._work.descend(params, buffers, gradient)
+
+    def forget_optimizer(self) -> None:
+        """Let the optimizer start afresh."""
+        self._work.forget_optimizer()
+
     async def _take(self, steps: int) -> None:
         seconds = self._devices.compute_seconds(self._rank, self._pieces, steps)
         if self._failures is not None and (point := self._failures.crash_point(self._rank, self._pieces)) is not None:

@@ -60,6 +60,8 @@ class VirtualWire:
         self._sent: dict[int, int] = {}             # messages by sender
         self._uplink_free: dict[int, float] = {}
         self._reductions: dict[tuple[str, int], Reduction] = {}
+        self._finished: dict[str, tuple[int, Reduced]] = {}         # by tag: the latest
+        self._observers: dict[tuple[str, int], list[asyncio.Future[Reduced]]] = {}
 
     def post(self, to: int, envelope: Envelope) -> "asyncio.Future[bool]":
         """Send a message; the future becomes True when its acknowledgement is back."""
@@ -134,6 +136,16 @@ class VirtualWire:
         self._try_to_finish(tag, round)
         return future
 
+    def observe(self, peer: Peer, tag: str, round: int) -> "asyncio.Future[Reduced]":
+        """Return the result of a reduction to which a newcomer does not contribute, once the last member has it."""
+        future: asyncio.Future[Reduced] = self._loop.create_future()
+        finished = self._finished.get(tag)
+        if finished is not None and finished[0] == round:
+            future.set_result(finished[1])
+        else:
+            self._observers.setdefault((tag, round), []).append(future)
+        return future
+
     def _try_to_finish(self, tag: str, round: int) -> None:
         reduction = self._reductions[tag, round]
         ranks = [rank for rank in reduction.members if rank not in self.gone or rank in reduction.contributions]
@@ -150,6 +162,9 @@ class VirtualWire:
         for rank, part, at in zip(ranks, parts, times, strict=True):
             at = max(at, self._loop.time())
             self._loop.deliver_at(at, rank * self._num_nodes + rank, _give, part.future, result)
+        self._finished[tag] = (round, result)
+        for future in self._observers.pop((tag, round), []):
+            self._loop.deliver_at(max([*times, self._loop.time()]), 0, _give, future, result)
 
     def _times(self, ranks: list[int], parts: list[Contribution]) -> list[float]:
         began = [part.began for part in parts]

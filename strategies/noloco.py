@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcore.config import Experiment
 from fedcore.errors import InvalidSetting
 from fedcore.peers.groups import group_of
 from fedcore.peers.peer import Peer
@@ -17,6 +18,7 @@ from fedcore.peers.strategy import PeerStrategy
 from fedcore.strategies.settings import check_count, check_number, check_switch
 
 SLOW, MOVED = "slow", "moved"
+CALM_MOMENTUM = 0.8
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,21 @@ class NoLoCo(PeerStrategy):
                 "gossip_lr", self.gossip_lr, f"below {bound:.4g}",
                 f"With outer_momentum={self.outer_momentum:g} and groups of {self.group_size} of {count} peers a "
                 "stronger pull makes them disagree more and more.")
+
+    def doubts(self, experiment: Experiment) -> list[str]:
+        """Warn of settings that work less well than they could."""
+        found = []
+        if self.outer_lr > 1:
+            found.append(f"strategy.outer_lr={self.outer_lr:g} is above 1: each step goes further than training did.")
+        if self.outer_momentum > CALM_MOMENTUM:
+            found.append(f"strategy.outer_momentum={self.outer_momentum:g} leaves little room for strategy.gossip_lr.")
+        if 0 < self.gossip_lr < self.outer_momentum:
+            found.append(f"strategy.gossip_lr={self.gossip_lr:g} is below outer_momentum={self.outer_momentum:g}: "
+                         "peers agree slowly.")
+        if experiment.train.schedule in (None, "constant"):
+            found.append("With a constant learning rate peers keep a constant distance from each other; one that "
+                         "falls, such as train.schedule: {name: cosine, ...}, lets them agree.")
+        return found
 
     async def run(self, peer: Peer) -> None:
         """Train, exchange with the group of this step, make the outer step."""

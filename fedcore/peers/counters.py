@@ -25,6 +25,7 @@ class Counters:
         gradients: minibatch gradients computed.
         updates: pieces of local work done (`train`, `gradient`, `displacement`).
         compute_s: time spent computing.
+        waiting_s: time spent waiting for other peers: communication that computing did not hide.
         silent: partners that did not answer in time.
         asymmetric_exchanges: offers received from partners that did not acknowledge ours.
         failed_meetings: pairwise exchanges that were dropped at both ends.
@@ -37,6 +38,7 @@ class Counters:
     gradients: int = 0
     updates: int = 0
     compute_s: float = 0.0
+    waiting_s: float = 0.0
     silent: int = 0
     asymmetric_exchanges: int = 0
     failed_meetings: int = 0

@@ -11,9 +11,10 @@ from fedcore.peers.counters import Counters, Offers
 from fedcore.peers.envelope import Envelope, Payload, named
 from fedcore.peers.mailbox import Mailbox
 from fedcore.peers.meeting import Apply, Meeting, Offer, Turn
-from fedcore.peers.seams import Board, Labour, Reduced, Wire
+from fedcore.peers.seams import Board, Labour, Wire
 from fedcore.peers.steps import Steps, as_plain
 from fedcore.peers.ticks import Ticks
+from fedcore.peers.underway import Underway
 from fedcore.seeds import torch_generator
 
 S = TypeVar("S")
@@ -52,7 +53,7 @@ class Peer:
         self.loss = float("nan")     # of the latest training
         self.turn = Turn()
         self._meetings: dict[str, Meeting] = {}
-        self._pending: dict[tuple[str, int], tuple[dict[str, Any], asyncio.Future[Reduced]]] = {}
+        self._underway: dict[tuple[str, int], Underway] = {}
         self._restored: Any = None
         self._spawned: list[asyncio.Task[Any]] = []
         self._unfinished: list[dict[str, Any]] = []    # reductions to take up again
@@ -119,17 +120,19 @@ class Peer:
 
     def state_dict(self, state: Any) -> dict[str, Any]:
         """Return everything of this peer that must survive a restart, `state` being its strategy's own."""
-        pending = [dict(inputs) for inputs, future in self._pending.values()]
+        pending = [dict(underway.inputs) for underway in self._underway.values()]
         return {
             "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
             "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
-            "pending": pending, "at": self.now, "counters": self.counters.as_dict(),
+            "members": list(self.members), "epoch": self.epoch, "pending": pending, "at": self.now,
+            "counters": self.counters.as_dict(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; reductions under way begin again, with their inputs."""
         self._restored, self.params, self.buffers = saved["state"], saved["params"], saved["buffers"]
         self.step, self.clocks = saved["step"], dict(saved["clocks"])
+        self.members, self.epoch = tuple(saved["members"]), saved["epoch"]
         self.labour.load_state_dict(saved["labour"])
         self.wire.load_state_dict(self.rank, saved["wire"])
         self.counters = Counters(**saved["counters"])
@@ -138,7 +141,7 @@ class Peer:
     def resume(self) -> None:
         """Take up the reductions that were under way; once the run's clock stands where it stood."""
         for inputs in self._unfinished:
-            self._reduce(**inputs)
+            self._reduce(inputs)
         self._unfinished = []
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -168,6 +171,14 @@ class Peer:
             self.loss = loss
         return subtracted
 
+    async def descend(self, gradient: Tensor) -> None:
+        """Make the local optimizer's next step on `params`, with a gradient that is given."""
+        self.params = await self.labour.descend(self.params, self.buffers, gradient)
+
+    def forget_optimizer(self) -> None:
+        """Let the local optimizer start afresh."""
+        self.labour.forget_optimizer()
+
     async def _work(self, gradients: int, work: Awaitable[S]) -> S:
         began = self.board.now
         result = await work
@@ -190,7 +201,9 @@ class Peer:
         Raises:
             PeerLost: the sender will never answer again.
         """
+        began = self.now
         envelope = await self._expect("message", tag, self.step if round is None else round, sender)
+        self.counters.waiting_s += self.now - began
         if envelope is None:
             raise PeerLost(sender)
         self.counters.bytes_received += envelope.num_bytes
@@ -220,6 +233,7 @@ class Peer:
         if timeout_s is not None and others:
             timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, tag, round, others, posted)
         received: dict[int, Payload] = {self.rank: payload}
+        began = self.now
         for rank in others:
             envelope, delivered = await awaited[rank], await posted[rank]
             # Counted when it is used: what comes early belongs to a later step.
@@ -228,6 +242,7 @@ class Peer:
                 received[rank] = envelope.payload
             elif envelope is not None:
                 self.counters.asymmetric_exchanges += 1
+        self.counters.waiting_s += self.now - began
         if timer is not None:
             timer.cancel()
         offers = Offers(sorted(received.items()))
@@ -261,41 +276,42 @@ class Peer:
 
     def all_reduce(
         self, vector: Tensor, *, tag: str = "mean", round: int | None = None, weight: float = 1.0
-    ) -> "asyncio.Future[Reduced]":
+    ) -> Underway:
         """Contribute to a mean over all members, starting now; await the result when it is needed.
-
-        Asked again for a reduction that is under way, also after a restart, this returns it.
 
         Args:
             vector: shape (d,), of equal length at all members; it is not written to, and must not be.
             weight: of this peer's vector, above 0.
 
         Returns:
-            A future of (mean, contributors), the same at all members.
+            What gives (mean, contributors) when it is awaited, the same at all members.
         """
-        round = self.step if round is None else round
-        if (tag, round) in self._pending:
-            return self._pending[tag, round][1]
-        return self._reduce(tag, round, vector, weight, self.now, charged=False)
+        inputs = {"tag": tag, "round": self.step if round is None else round, "vector": vector, "weight": weight,
+                  "began": self.now, "charged": False}
+        return self._reduce(inputs)
 
-    def reduction(self, tag: str = "mean", round: int | None = None) -> "asyncio.Future[Reduced] | None":
-        """Return a reduction that is under way, also one begun before a restart; None when there is none."""
-        found = self._pending.get((tag, self.step if round is None else round))
-        return None if found is None else found[1]
+    def reduction(self, tag: str = "mean", round: int | None = None) -> Underway | None:
+        """Return a reduction that was begun and not awaited yet, also one from before a restart; else None."""
+        return self._underway.get((tag, self.step if round is None else round))
 
-    def _reduce(
-        self, tag: str, round: int, vector: Tensor, weight: float, began: float, charged: bool
-    ) -> "asyncio.Future[Reduced]":
-        sent = self.counters.bytes_sent, self.counters.bytes_received
-        future = self.wire.all_reduce(self, vector, tag, round, weight, began)
-        if charged:    # before the restart
-            self.counters.bytes_sent, self.counters.bytes_received = sent
+    def _reduce(self, inputs: dict[str, Any]) -> Underway:
+        tag, round, counters = inputs["tag"], inputs["round"], self.counters
+        before = counters.bytes_sent, counters.bytes_received
+        if inputs["vector"] is None:
+            future = self.wire.observe(self, tag, round)
         else:
-            self.counters.exchanges += 1
-        inputs = {"tag": tag, "round": round, "vector": vector, "weight": weight, "began": began, "charged": True}
-        self._pending[tag, round] = (inputs, future)
-        future.add_done_callback(lambda _: self._pending.pop((tag, round), None))
-        return future
+            future = self.wire.all_reduce(self, inputs["vector"], tag, round, inputs["weight"], inputs["began"])
+        if inputs["charged"]:    # before the restart
+            counters.bytes_sent, counters.bytes_received = before
+        else:
+            counters.exchanges += 1
+        underway = Underway(self, {**inputs, "charged": True}, future)
+        self._underway[tag, round] = underway
+        return underway
+
+    def forget_reduction(self, tag: str, round: int) -> None:
+        """Take note that a reduction's result was handed over."""
+        self._underway.pop((tag, round), None)
 
     # ---- below the strategy -------------------------------------------------------------------------------------
 

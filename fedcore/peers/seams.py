@@ -64,6 +64,12 @@ class Labour(Protocol):
     ) -> tuple[Tensor, float]:
         """Return what the optimizer's next step would subtract, and the batch's loss (NaN with a given gradient)."""
 
+    async def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """Return what the optimizer's next step with a given gradient makes of a model, shape (d,)."""
+
+    def forget_optimizer(self) -> None:
+        """Let the optimizer start afresh."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -79,6 +85,9 @@ class Wire(Protocol):
         self, peer: "Peer", vector: Tensor, tag: str, round: int, weight: float, began: float
     ) -> "asyncio.Future[Reduced]":
         """Contribute to a mean over all members; `began` is when the peer did, also where that was before a restart."""
+
+    def observe(self, peer: "Peer", tag: str, round: int) -> "asyncio.Future[Reduced]":
+        """Return the result of a reduction to which a newcomer does not contribute."""
 
     def state_dict(self, rank: int) -> dict[str, Any]:
         """Return what the links of one peer must remember."""

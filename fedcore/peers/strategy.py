@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from fedcore.config import Experiment
 from fedcore.errors import BadInput
 from fedcore.peers.peer import Peer
 from fedcore.strategy import OwnStrategy
@@ -37,6 +38,10 @@ class PeerStrategy(OwnStrategy):
         It starts with the living one's model, with an optimizer and clocks of its own.
         """
         return state
+
+    def doubts(self, experiment: Experiment) -> list[str]:
+        """Return warnings: what is allowed in this experiment, but probably not meant."""
+        return []
 
     def summary_figures(self) -> dict[str, float | int | str | None]:
         """Return figures for the run's summary, besides those that every run has."""
