@@ -13,6 +13,7 @@ from fedcore.peers.envelope import ALONE, Envelope, is_finite, payload_bytes
 from fedcore.peers.peer import Peer
 from fedcore.peers.ring import chunk_bounds, ring_bytes, ring_sum, ring_times
 from fedcore.peers.seams import Reduced
+from fedcore.seeds import derive_seed
 from fedcore.simulations.availability import Availability
 from fedcore.simulations.failures import Failures
 from fedcore.simulations.loop import VirtualLoop
@@ -26,7 +27,6 @@ class Contribution:
     vector: Tensor
     weight: float
     began: float
-    index: int       # messages it had sent before
     future: "asyncio.Future[Reduced]"
 
 
@@ -129,10 +129,8 @@ class VirtualWire:
         cost = ring_bytes(vector, len(reduction.members))
         peer.counters.bytes_sent += cost
         peer.counters.bytes_received += cost
-        index = self._sent.get(peer.rank, 0)
-        self._sent[peer.rank] = index + max(0, 2 * (len(reduction.members) - 1))
         future: asyncio.Future[Reduced] = self._loop.create_future()
-        reduction.contributions[peer.rank] = Contribution(vector, weight, began, index, future)
+        reduction.contributions[peer.rank] = Contribution(vector, weight, began, future)
         self._try_to_finish(tag, round)
         return future
 
@@ -158,7 +156,7 @@ class VirtualWire:
         mean = mean / total if total else mean
         contributors = tuple(rank for rank, part in zip(ranks, parts, strict=True) if part.weight)
         result = Reduced(mean, contributors)
-        times = self._times(ranks, parts)
+        times = self._times(ranks, parts, derive_seed(round, tag))
         for rank, part, at in zip(ranks, parts, times, strict=True):
             at = max(at, self._loop.time())
             self._loop.deliver_at(at, rank * self._num_nodes + rank, _give, part.future, result)
@@ -166,7 +164,8 @@ class VirtualWire:
         for future in self._observers.pop((tag, round), []):
             self._loop.deliver_at(max([*times, self._loop.time()]), 0, _give, future, result)
 
-    def _times(self, ranks: list[int], parts: list[Contribution]) -> list[float]:
+    def _times(self, ranks: list[int], parts: list[Contribution], index: int) -> list[float]:
+        """Return when each member has the result; `index` tells this reduction's jitter from that of others."""
         began = [part.began for part in parts]
         count = len(ranks)
         if count == 1:
@@ -175,16 +174,16 @@ class VirtualWire:
         empty = payload_bytes({ALONE: parts[0].vector[:0]})
         sizes = np.array([empty + elements * (end - start) for start, end in chunk_bounds(len(parts[0].vector), count)])
         following = [*ranks[1:], ranks[0]]
-        links = [self._network.between(source, to, part.index, 1)
-                 for source, to, part in zip(ranks, following, parts, strict=True)]
+        links = [self._network.between(source, to, index, 1) for source, to in zip(ranks, following, strict=True)]
         per_byte, latency = np.array([link[0] for link in links]), np.array([link[1] for link in links])
         members = np.arange(count)
 
-        def hop_seconds(hop: int) -> np.ndarray:
+        def sending(hop: int) -> np.ndarray:
             # Member i begins with chunk i, and passes on what it received the hop before.
-            return np.asarray(sizes[(members - hop) % count] * per_byte + latency)
+            return np.asarray(sizes[(members - hop) % count] * per_byte)
 
-        return ring_times(began, hop_seconds).tolist()
+        times: list[float] = ring_times(began, sending, latency).tolist()
+        return times
 
     # ---- those who come and go --------------------------------------------------------------------------------------
 

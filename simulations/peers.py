@@ -38,6 +38,7 @@ from fedcore.simulations.availability import Availability
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.failures import Failures
 from fedcore.simulations.loop import make_loop
+from fedcore.simulations.memory import exempt_what_is_loaded
 from fedcore.simulations.network import Network
 from fedcore.simulations.peer_board import Report, VirtualBoard
 from fedcore.simulations.peer_host import Measure, PeerHost
@@ -58,6 +59,7 @@ class PeerSimulation:
     def __init__(
         self, settings: Experiment, strategy: PeerStrategy, folder: Path, on_row: Listener | None = None
     ):
+        exempt_what_is_loaded()
         self.interrupt = Interrupt()
         self.settings, self.strategy, self.folder = settings, strategy, folder
         self.task = build_task(settings)
@@ -120,14 +122,19 @@ class PeerSimulation:
             write_atomically(self.folder / CONFIG_FILE, config)
         self._write_peers()
         try:
-            with self.interrupt.watch(), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-                runner.run(self._main(resuming))
+            with self.interrupt.watch():
+                self.play(resuming)
         finally:
             self.recorder.close()
             self.host.model.save(self.folder / MODEL_FILE)
             self._write_summary(time.monotonic() - started)
         write_report(self.folder)
         return Run(self.folder)
+
+    def play(self, resuming: bool = False) -> None:
+        """Let the peers run, to the end of the run; metrics and checkpoints are written, the rest of the folder not."""
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._main(resuming))
 
     async def _main(self, resuming: bool) -> None:
         saved = self._load() if resuming else None

@@ -1,7 +1,7 @@
 """What travels between peers, and what it costs."""
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class Envelope:
         source: the sender's rank.
         data: vectors by name; nobody writes into them.
         meta: a few plain values.
+        num_bytes: what the message counts on the wire.
     """
 
     run: str
@@ -39,12 +40,8 @@ class Envelope:
     round: int
     source: int
     data: Mapping[str, Tensor]
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        """What the message counts on the wire; from shapes and dtypes alone."""
-        return payload_bytes(self.data)
+    meta: Mapping[str, Any]
+    num_bytes: int
 
     @property
     def payload(self) -> Payload:
@@ -58,7 +55,7 @@ def named(payload: Payload) -> Mapping[str, Tensor]:
 
 
 def payload_bytes(payload: Payload) -> int:
-    """Return how many bytes a message with this payload counts."""
+    """Return how many bytes a message with this payload counts on the wire, from shapes and dtypes alone."""
     return ENVELOPE_BYTES + sum([ARRAY_HEADER_BYTES + tensor.nbytes for tensor in named(payload).values()])
 
 

@@ -1,12 +1,16 @@
 """Groups that all peers draw alike, without a message."""
-from collections.abc import Sequence
-from functools import lru_cache
+from collections import OrderedDict
 
 import numpy as np
 
+Groups = dict[int, tuple[int, ...]]
+# Peers of one process ask for the same few steps. Members are recognised by identity: hashing thousands of them at
+# every call would cost more than the rest of a step.
+KEPT_STEPS = 16
+_drawn: OrderedDict[tuple[int, int, int, int], tuple[tuple[int, ...], Groups]] = OrderedDict()
 
-@lru_cache(maxsize=8)
-def draw_groups(members: tuple[int, ...], group_size: int, seed: int, step: int) -> dict[int, tuple[int, ...]]:
+
+def draw_groups(members: tuple[int, ...], group_size: int, seed: int, step: int) -> Groups:
     """Return each member's group of a step, itself included, in ascending order.
 
     Members that do not fill a group are each a group of their own.
@@ -24,6 +28,12 @@ def draw_groups(members: tuple[int, ...], group_size: int, seed: int, step: int)
     return {rank: group for group in [*full, *alone] for rank in group}
 
 
-def group_of(rank: int, members: Sequence[int], group_size: int, seed: int, step: int) -> tuple[int, ...]:
+def group_of(rank: int, members: tuple[int, ...], group_size: int, seed: int, step: int) -> tuple[int, ...]:
     """Return a peer's group of a step, itself included, in ascending order; see `draw_groups`."""
-    return draw_groups(tuple(members), group_size, seed, step)[rank]
+    key = (id(members), group_size, seed, step)
+    found = _drawn.get(key)
+    if found is None or found[0] is not members:
+        found = _drawn[key] = (members, draw_groups(members, group_size, seed, step))
+        if len(_drawn) > KEPT_STEPS:
+            _drawn.popitem(last=False)
+    return found[1][rank]

@@ -8,6 +8,7 @@ from fedcore.peers.envelope import Envelope, is_finite
 Key = tuple[str, str, int, int]
 # So many messages that nobody asked for yet are kept; beyond that the oldest is dropped.
 MOST_EARLY = 4096
+NOTHING: dict[int, set[int]] = {}
 
 
 class Mailbox:
@@ -23,7 +24,7 @@ class Mailbox:
         self.lost: set[int] = set()
         self._waiting: dict[Key, asyncio.Future[Envelope | None]] = {}
         self._early: dict[Key, Envelope] = {}
-        self._handled: set[Key] = set()
+        self._handled: dict[tuple[str, str], dict[int, set[int]]] = {}    # by kind and tag, then round: sources
         self._latest: dict[tuple[str, str], int] = {}    # by kind and tag: the newest round that was asked for
 
     def take(self, envelope: Envelope) -> str | None:
@@ -37,7 +38,7 @@ class Mailbox:
         key = (envelope.kind, envelope.tag, envelope.round, envelope.source)
         if envelope.run != self.run:
             return "another run"
-        if key in self._handled or key in self._early:
+        if key in self._early or envelope.source in self._handled.get(key[:2], NOTHING).get(envelope.round, ()):
             return "second or late"
         waiting = self._waiting.get(key)
         if waiting is None and envelope.round < self._latest.get(key[:2], 0) - 1:
@@ -62,7 +63,7 @@ class Mailbox:
             self._forget_before(kind, tag, round - 1)
         envelope = self._early.pop(key, None)
         if envelope is not None or source in self.lost:
-            self._handled.add(key)
+            self._note_handled(key)
             future.set_result(envelope)
         else:
             self._waiting[key] = future
@@ -80,14 +81,20 @@ class Mailbox:
 
     def _settle(self, key: Key, envelope: Envelope | None) -> None:
         future = self._waiting.pop(key, None)
-        self._handled.add(key)
+        self._note_handled(key)
         if future is not None and not future.done():
             future.set_result(envelope)
 
+    def _note_handled(self, key: Key) -> None:
+        kind, tag, round, source = key
+        self._handled.setdefault((kind, tag), {}).setdefault(round, set()).add(source)
+
     def _forget_before(self, kind: str, tag: str, round: int) -> None:
         """Forget what belongs to earlier rounds of a conversation; it would be late by now."""
-        if self._handled:
-            self._handled = {key for key in self._handled if key[2] >= round or key[:2] != (kind, tag)}
+        handled = self._handled.get((kind, tag))
+        if handled:
+            for old in [old for old in handled if old < round]:
+                del handled[old]
         if self._early:
             self._early = {key: found for key, found in self._early.items()
                            if key[2] >= round or key[:2] != (kind, tag)}

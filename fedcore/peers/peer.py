@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedcore.errors import PeerLost
 from fedcore.peers.counters import Counters, Offers
-from fedcore.peers.envelope import Envelope, Payload, named
+from fedcore.peers.envelope import Envelope, Payload, named, payload_bytes
 from fedcore.peers.mailbox import Mailbox
 from fedcore.peers.meeting import Apply, Meeting, Offer, Turn
 from fedcore.peers.seams import Board, Labour, Wire
@@ -202,7 +202,7 @@ class Peer:
             PeerLost: the sender will never answer again.
         """
         began = self.now
-        envelope = await self._expect("message", tag, self.step if round is None else round, sender)
+        envelope = await self.expect("message", tag, self.step if round is None else round, sender)
         self.counters.waiting_s += self.now - began
         if envelope is None:
             raise PeerLost(sender)
@@ -228,7 +228,7 @@ class Peer:
         round = self.step if round is None else round
         others = [rank for rank in group if rank != self.rank]
         posted = {rank: self.post(rank, "exchange", tag, round, payload) for rank in others}
-        awaited = {rank: self._expect("exchange", tag, round, rank) for rank in others}
+        awaited = {rank: self.expect("exchange", tag, round, rank) for rank in others}
         timer = None
         if timeout_s is not None and others:
             timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, tag, round, others, posted)
@@ -319,9 +319,10 @@ class Peer:
         self, to: int, kind: str, tag: str, round: int, payload: Payload, meta: Mapping[str, Any] | None = None
     ) -> "asyncio.Future[bool]":
         """Send an envelope of any kind."""
-        envelope = Envelope(self.run, self.epoch, kind, tag, round, self.rank, named(payload), meta or {})
-        self.counters.bytes_sent += envelope.num_bytes
-        return self.wire.post(to, envelope)
+        size = payload_bytes(payload)
+        self.counters.bytes_sent += size
+        return self.wire.post(
+            to, Envelope(self.run, self.epoch, kind, tag, round, self.rank, named(payload), meta or {}, size))
 
     def take(self, envelope: Envelope) -> str | None:
         """Accept an envelope from the wire; returns why it was not used, if it was not."""
@@ -342,7 +343,8 @@ class Peer:
         for meeting in self._meetings.values():
             meeting.lose(rank)
 
-    def _expect(self, kind: str, tag: str, round: int, source: int) -> "asyncio.Future[Envelope | None]":
+    def expect(self, kind: str, tag: str, round: int, source: int) -> "asyncio.Future[Envelope | None]":
+        """Return a future that becomes a message of any kind; None once its sender is known to be gone."""
         future: asyncio.Future[Envelope | None] = asyncio.get_running_loop().create_future()
         self.mailbox.expect(kind, tag, round, source, future)
         return future

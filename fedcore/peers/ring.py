@@ -70,17 +70,20 @@ def ring_bytes(vector: Tensor, count: int) -> int:
     return 2 * (count - 1) * (payload_bytes({ALONE: vector[:longest]}))
 
 
-def ring_times(began: Sequence[float], hop_seconds: Callable[[int], np.ndarray]) -> np.ndarray:
+def ring_times(began: Sequence[float], sending: Callable[[int], np.ndarray], latency: np.ndarray) -> np.ndarray:
     """Return when each member has the result, shape (members,).
 
-    A member sends its next chunk once it has received the one before; the links work at the same time.
+    A member sends its next chunk once it has received the one before and its uplink is free; the links work at the same
+    time.
 
     Args:
-        began: when each member contributed, seconds, in ring order.
-        hop_seconds: given the number of the hop, how long a chunk travels from each member to the next, shape
-            (members,).
+        began: when each member contributed, with a free uplink, seconds, in ring order.
+        sending: given the number of the hop, how long each member's chunk takes to send, shape (members,).
+        latency: how long each member's chunks then travel to the next member, shape (members,).
     """
     ready = np.array(began, dtype=np.float64)
+    free = ready
     for hop in range(2 * (len(ready) - 1)):
-        ready = np.maximum(ready, np.roll(ready + hop_seconds(hop), 1))
+        free = np.maximum(ready, free) + sending(hop)
+        ready = np.maximum(ready, np.roll(free + latency, 1))
     return ready

@@ -1,0 +1,59 @@
+"""The ring all-reduce as messages; `ring.py` says in which order it adds."""
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedcore.errors import PeerLost
+from fedcore.peers.envelope import ALONE, Envelope, is_finite
+from fedcore.peers.ring import chunk_bounds
+from fedcore.peers.seams import Reduced
+
+if TYPE_CHECKING:
+    from fedcore.peers.peer import Peer
+
+
+async def ring_all_reduce(peer: "Peer", vector: Tensor, tag: str, round: int, weight: float) -> Reduced:
+    """Return the weighted mean over all members, and whose vectors are in it; the same bits at all of them.
+
+    A vector that is not finite is left out by its owner, and named in the run's metrics.
+
+    Args:
+        vector: shape (d,).
+
+    Raises:
+        PeerLost: a neighbour in the ring is gone; nobody can finish.
+    """
+    members, count = peer.members, len(peer.members)
+    if not is_finite({ALONE: vector}):
+        peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
+        vector, weight = torch.zeros_like(vector), 0.0
+    own = vector if weight in (0.0, 1.0) else weight * vector
+    weights = {peer.rank: weight}
+    place = members.index(peer.rank)
+    before, after = members[place - 1], members[(place + 1) % count]
+    bounds, total = chunk_bounds(len(vector), count), torch.empty_like(vector)
+    chunk = own[slice(*bounds[place])]
+    for hop in range(2 * (count - 1)):
+        gathers = hop < count - 1
+        peer.post(after, "ring", f"{tag}:{hop}", round, chunk, {"weights": dict(weights)} if gathers else {})
+        envelope = await _next(peer, before, f"{tag}:{hop}", round)
+        start, end = bounds[(place - hop - 1) % count]
+        chunk = envelope.data[ALONE]
+        if gathers:
+            chunk = chunk + own[start:end]
+            weights |= {int(rank): float(value) for rank, value in envelope.meta["weights"].items()}
+        if hop >= count - 2:    # from here on chunks are complete
+            total[start:end] = chunk
+    if count == 1:
+        total = own
+    share = sum(weights[rank] for rank in members)
+    return Reduced(total / share if share else total, tuple(rank for rank in members if weights[rank]))
+
+
+async def _next(peer: "Peer", source: int, tag: str, round: int) -> Envelope:
+    envelope = await peer.expect("ring", tag, round, source)
+    if envelope is None:
+        raise PeerLost(source)
+    peer.counters.bytes_received += envelope.num_bytes
+    return envelope

@@ -1,0 +1,96 @@
+"""The ring all-reduce: worked out at once, or message by message, it is the same to the bit and to the second."""
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedcore.peers.all_reduce import ring_all_reduce
+from fedcore.peers.ring import LONG_CHUNK, chunk_bounds, ring_bytes, ring_sum
+from tests.peer_lab import Script, play
+
+NETWORK = {"latency_s": {"name": "exponential", "mean": 0.2},
+           "uplink_mbps": {"name": "uniform", "low": 0.01, "high": 0.1}}
+
+
+def reference(vectors):
+    """Add chunk c in ring order, beginning with member c."""
+    count, total = len(vectors), torch.empty_like(vectors[0])
+    for chunk, (start, end) in enumerate(chunk_bounds(len(total), count)):
+        part = vectors[chunk][start:end]
+        for hop in range(1, count):
+            part = part + vectors[(chunk + hop) % count][start:end]
+        total[start:end] = part
+    return total
+
+
+@given(count=st.integers(1, 9), size=st.integers(1, 40), seed=st.integers(0, 99))
+def test_sums_run_in_ring_order_for_every_length(count, size, seed):
+    vectors = list(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)))
+    before = [vector.clone() for vector in vectors]
+    assert torch.equal(ring_sum(vectors), reference(vectors))
+    assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
+
+
+def test_long_vectors_are_added_in_the_same_order():
+    vectors = list(torch.randn(3, 3 * LONG_CHUNK + 2, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(ring_sum(vectors), reference(vectors))
+
+
+@given(size=st.integers(0, 100), count=st.integers(1, 20))
+def test_chunks_cover_a_vector_once_in_order(size, count):
+    bounds = chunk_bounds(size, count)
+    assert bounds[0][0] == 0 and bounds[-1][1] == size and len(bounds) == count
+    assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+    assert max(end - start for start, end in bounds) - min(end - start for start, end in bounds) <= 1
+
+
+@pytest.mark.parametrize("count, weights", [(1, False), (2, False), (5, False), (5, True)])
+def test_messages_give_the_bits_and_the_times_that_are_worked_out(count, weights, tmp_path):
+    results = {}
+
+    def script(by_messages):
+        async def run(peer):
+            async for _ in peer.steps():
+                await peer.train(1 + peer.rank)
+                weight = 1.0 + peer.rank if weights else 1.0
+                if by_messages:
+                    reduced = await ring_all_reduce(peer, peer.params, "mean", peer.step, weight)
+                else:
+                    reduced = await peer.all_reduce(peer.params, weight=weight)
+                results.setdefault((by_messages, peer.rank), []).append((reduced.mean, reduced.contributors, peer.now))
+                peer.params = reduced.mean
+        return run
+
+    # Steps long enough that every uplink is free again when the next reduction begins.
+    world = {"network": NETWORK, "devices": {"seconds_per_step": 9.0}}
+    sections = {"simulation": world, "stop": {"rounds": 3}, "task": {"dimension": 7}}
+    for by_messages in (False, True):
+        play(Script(script(by_messages)), tmp_path / str(by_messages), count, **sections)
+    for rank in range(count):
+        for whole, steps in zip(results[False, rank], results[True, rank], strict=True):
+            assert torch.equal(whole[0], steps[0])
+            assert whole[1] == steps[1] == tuple(range(count))
+            assert whole[2] == pytest.approx(steps[2], rel=1e-12)
+
+
+def test_a_member_whose_vector_is_not_finite_is_left_out_and_named(tmp_path):
+    found = {}
+
+    async def run(peer):
+        async for _ in peer.steps():
+            bad = torch.full_like(peer.params, float("nan"))
+            found[peer.rank] = await peer.all_reduce(bad if peer.rank == 1 else torch.ones_like(bad) * peer.rank)
+
+    simulation = play(Script(run), tmp_path, 3, stop={"rounds": 1})
+    assert all(result.contributors == (0, 2) and torch.equal(result.mean, torch.ones_like(result.mean))
+               for result in found.values())
+    assert simulation.host.counts["refused"] == 1
+
+
+def test_every_member_is_billed_what_it_sends(tmp_path):
+    async def run(peer):
+        async for _ in peer.steps():
+            await peer.all_reduce(peer.params)
+
+    simulation = play(Script(run), tmp_path, 4, stop={"rounds": 2})
+    assert simulation.host.totals["bytes_sent"] == 2 * 4 * ring_bytes(simulation.model.params, 4)
