@@ -268,4 +268,4 @@ def show_status(server: str, tls: Path | None, insecure: bool, as_json: bool) ->
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(plain_spaces(printable(text)), markup=False, soft_wrap=True)
+    console.print(printable(plain_spaces(text)), markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import yaml
 from fedcore import __version__
 from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import write_atomically
 
 EXPERIMENT_FILE = "experiment.yaml"
@@ -124,9 +125,9 @@ def export_app(file: str | Path, folder: str | Path, overrides: Sequence[str] = 
 
 def _check_strategy(settings: Experiment) -> None:
     """Raise `BadInput` for strategies whose clients talk to each other: Flower's clients cannot."""
-    from fedcore.launch import driver
-
-    driver(settings)
+    if isinstance(settings.build_strategy(), PeerStrategy):
+        raise BadInput(f"The clients of {settings.strategy_name} talk to each other, and Flower's clients talk to a "
+                       "SuperLink only. Run it with `fedcore simulate`.")
 
 
 def app_name(folder: Path) -> str:

@@ -42,7 +42,7 @@ def remarks(snapshot: Snapshot, expected: int) -> list[str]:
     lines += [f"  {node['name']}: {doing_words(node)}" for node in busy[:MOST_NAMED]]
     if len(busy) > MOST_NAMED:
         lines.append(f"  and {len(busy) - MOST_NAMED} more")
-    return [plain_spaces(printable(line)) for line in lines]
+    return [printable(plain_spaces(line)) for line in lines]
 
 
 def status_table(snapshot: Snapshot) -> Table:
@@ -50,7 +50,7 @@ def status_table(snapshot: Snapshot) -> Table:
     rows = []
     for node in snapshot["nodes"]:
         rate = f"{data_size(node['up_bytes_per_s'])}/s up, {data_size(node['down_bytes_per_s'])}/s down"
-        rows.append([plain_spaces(printable(text)) for text in (
+        rows.append([printable(plain_spaces(text)) for text in (
             node["name"], str(node["partition"]), seconds(node["connected_s"]) if node["connected"] else "no",
             doing_words(node), data_size(node["bytes_up"]), data_size(node["bytes_down"]), rate, node["version"],
         )])

@@ -78,6 +78,16 @@ def test_a_folder_with_something_in_it_is_refused(experiment, tmp_path):
         export_app(experiment, tmp_path / "full")
 
 
+def test_a_strategy_of_peers_is_refused(experiment, tmp_path):
+    (tmp_path / "talkative.py").write_text(
+        "from fedcore.peers.strategy import PeerStrategy\n\nclass Talkative(PeerStrategy):\n"
+        "    async def run(self, peer):\n        pass\n"
+    )
+    with pytest.raises(BadInput, match="The clients of talkative:Talkative talk to each other"):
+        export_app(experiment, tmp_path / "app", ["strategy=talkative:Talkative"])
+    assert not (tmp_path / "app").exists()
+
+
 @pytest.mark.parametrize("folder, name", [("my_app", "my-app"), ("3 apps", "fedcore-3-apps"), ("ä", "fedcore"),
                                           ("x" * 60, "x" * 40)])
 def test_app_names_are_those_that_flower_allows(tmp_path, folder, name):
