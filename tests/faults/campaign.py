@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,17 @@ def experiment(kind: str, seed: int) -> dict[str, Any]:
 
 
 class Nursery:
-    """Makes `fedcore` processes (see nursery.py)."""
+    """Makes `fedcore` processes (see nursery.py).
 
-    def __init__(self) -> None:
+    Args:
+        within: a command that runs another one somewhere else, such as in a network namespace.
+    """
+
+    def __init__(self, within: Sequence[str] = ()) -> None:
         root = str(HERE.parents[1])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(HERE)]), "OMP_NUM_THREADS": "1",
                "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        self._process = subprocess.Popen([sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
+        self._process = subprocess.Popen([*within, sys.executable, str(HERE / "nursery.py")], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, env=env, text=True)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +81,10 @@ class Nursery:
         """Let no more be made."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 class Federation:
