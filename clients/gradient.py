@@ -19,7 +19,7 @@ from fedcore.clients.training import clip, trainable
 from fedcore.compression.base import unsent_share
 from fedcore.compression.named import codec_asked_for
 from fedcore.errors import MalformedRequest
-from fedcore.payload import CONFIG
+from fedcore.payload import ARRAY_HEADER_BYTES, CONFIG, SCALAR_BYTES
 from fedcore.seeds import torch_generator
 from fedcore.strategies.error_feedback import INITS, NEVER, Memory, Rule, respond, start_codec
 from fedcore.vectors import FlatModule, Layout
@@ -122,6 +122,19 @@ def answer(asked: GradientRequest, request: Request, gradient: Tensor, layout: L
         after, payload = respond(asked.rule, before, gradient, compress)
     keep(context, None if begins else before, asked.after, after, asked.round)
     return Answer(begins, start, payload, after.estimate, unsent)
+
+
+def answer_bytes(asked: GradientRequest, layout: Layout, context: Context) -> int:
+    """Return how many bytes the arrays and the words of an answer will take on the wire, before it is computed."""
+    codec = codec_asked_for(asked.compressor, layout)
+    arrays = [codec.num_bytes]
+    if asked.rule.estimates and (asked.after == NEVER or not memory.knows(context, ROUNDS, asked.after)):
+        starter = start_codec(codec, asked.init)
+        if starter is not None:
+            arrays = [starter.num_bytes] if asked.init == "full" else [starter.num_bytes, *arrays]
+    arrays += [spec.num_bytes for spec in layout.buffers]
+    words = 2 if asked.rule.estimates else 1    # whether it begins, and the fingerprint of h
+    return sum(arrays) + ARRAY_HEADER_BYTES * len(arrays) + SCALAR_BYTES * words
 
 
 def recall(context: Context, after: int) -> Memory | None:

@@ -27,13 +27,23 @@ def after_key(name: str) -> str:
 
 def recall(context: Context, name: str, number: int) -> dict[str, Tensor] | None:
     """Return what this client remembered after a task; None when it does not know that task."""
+    record = _found(context, name, number)
+    return None if record is None else {entry: torch.from_numpy(array.numpy()) for entry, array in record.items()}
+
+
+def knows(context: Context, name: str, number: int) -> bool:
+    """Say whether this client remembers what was after a task."""
+    return _found(context, name, number) is not None
+
+
+def _found(context: Context, name: str, number: int) -> ArrayRecord | None:
     numbers = context.state.get(name)
     if not isinstance(numbers, ConfigRecord):
         return None
     for key in (after_key(name), before_key(name)):
         record = context.state.get(key)
         if numbers.get(key) == number and isinstance(record, ArrayRecord):
-            return {entry: torch.from_numpy(array.numpy()) for entry, array in record.items()}
+            return record
     return None
 
 

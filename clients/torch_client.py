@@ -11,7 +11,7 @@ from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, e
 from fedcore.clients.books import Limits
 from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
-from fedcore.clients.gradient import GradientRequest, answer, stochastic_gradient
+from fedcore.clients.gradient import GradientRequest, answer, answer_bytes, stochastic_gradient
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
 from fedcore.clients.private import PrivateClient
@@ -21,7 +21,7 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import Site, Task
 from fedcore.clients.training import Placed, Work, train_steps
 from fedcore.errors import EmptyClient, MalformedReply, MalformedRequest
-from fedcore.feedback import BEGINS, BUFFERS, ESTIMATE, contribution_arrays, fingerprint
+from fedcore.feedback import BEGINS, BUFFERS, ESTIMATE, GRADIENT, contribution_arrays, fingerprint
 from fedcore.flower import record_of, reply_to
 from fedcore.payload import (
     ARRAYS,
@@ -29,6 +29,7 @@ from fedcore.payload import (
     INFO,
     METRICS,
     REPLY,
+    SCALAR_BYTES,
     Estimate,
     VectorRecord,
     read_arrays,
@@ -192,6 +193,9 @@ class TorchClient:
             return Estimate(0, wire_bytes(self.describe(context)))
         if action == "train":
             return Estimate(self._steps(request), self._train_reply_bytes() + echo_bytes(request))
+        if action == GRADIENT:
+            arrays = answer_bytes(GradientRequest.of(message), self.flat.layout, context)
+            return Estimate(1, arrays + SCALAR_BYTES * len(GRADIENT_METRICS))
         if action == "evaluate" and names is not None:
             steps = evaluation_steps(len(self._evaluation_data(request.site)), self.settings.batch_size)
             metrics = MetricRecord(dict.fromkeys((*EVALUATE_METRICS, *names), 0))

@@ -10,7 +10,7 @@ from fedcore.clients.settings import TrainSettings
 from fedcore.clients.torch_client import torch_client
 from fedcore.errors import BadInput, InvalidSetting, MalformedRequest
 from fedcore.feedback import GRADIENT, PAYLOAD, START
-from fedcore.payload import ARRAY_HEADER_BYTES, ARRAYS, CONFIG, METRICS, REPLY, VectorRecord
+from fedcore.payload import ARRAY_HEADER_BYTES, ARRAYS, CONFIG, METRICS, REPLY, VectorRecord, wire_bytes
 from fedcore.registry import build, names
 from fedcore.seeds import torch_generator
 from fedcore.strategies.econtrol import EControl
@@ -149,11 +149,15 @@ def test_server_and_client_hold_the_same_estimate(run, method, failures):
         assert torch.equal(memory_of(outcome, partition)["estimate"], strategy.estimates[partition])
 
 
-def ask(client, context, model, **changed):
+def request(model, **changed):
     config = {"seed": 0, "draw": 0, "round": 0, "after": -1, "init": "full", "estimates": True, "feedback": 0.25,
               "compressor": '{"name": "top_k", "fraction": 0.25}', **changed}
     content = RecordDict({ARRAYS: VectorRecord(model), CONFIG: ConfigRecord(config)})
-    return client(Message(content, 1000, GRADIENT), context).content
+    return Message(content, 1000, GRADIENT)
+
+
+def ask(client, context, model, **changed):
+    return client(request(model, **changed), context).content
 
 
 @pytest.fixture
@@ -185,6 +189,33 @@ def test_a_round_that_the_server_did_not_use_is_forgotten(node):
     assert payload_of(after_a_loss) == payload_of(ask(node[0], other, node[2], round=2, draw=2, after=0))
     assert node[1].state[before_key(ROUNDS)]["estimate"].numpy().tolist() == \
         other.state[before_key(ROUNDS)]["estimate"].numpy().tolist()
+
+
+@pytest.mark.parametrize("init", ["full", "compressed", "zero"])
+@pytest.mark.parametrize("estimates", [True, False])
+def test_the_size_of_an_answer_is_known_before_it_is_computed(node, init, estimates):
+    client, context, model = node
+    for changed in ({}, {"round": 1, "draw": 1, "after": 0}, {"round": 2, "draw": 2, "after": 77}):
+        message = request(model, init=init, estimates=estimates, **changed)
+        estimate = client.estimate(message, context)
+        reply = client(message, context)
+        assert estimate.reply_bytes == wire_bytes(reply.content)
+        assert estimate.work_steps == reply.content[METRICS]["work-steps"] == 1
+
+
+def test_a_client_whose_estimate_is_another_is_refused_and_begins_anew(run, monkeypatch):
+    strategy, folded = EControl(0.1, TOP), EControl._contribution
+
+    def drifting(self, partition, found):
+        if partition == 1 and self.used_rounds.get(1) == 4 and not self.mismatches:
+            self.estimates[1] = self.estimates[1] + 1e-12
+        return folded(self, partition, found)
+
+    monkeypatch.setattr(EControl, "_contribution", drifting)
+    outcome = run(strategy)
+    assert outcome.hub.counts["refused"] == 1 and strategy.summary_figures() == {"h_mismatch": 1}
+    assert [row["h_mismatch"] for row in outcome.of("update")] == [0] * 5 + [1] + [0] * 6
+    assert torch.equal(memory_of(outcome, 1)["estimate"], strategy.estimates[1])
 
 
 def test_a_client_that_has_forgotten_says_that_it_begins(node):
