@@ -10,6 +10,7 @@ from markupsafe import Markup
 from fedcore.measures import smaller_is_better
 from fedcore.recorder import REPORT_FILE, write_atomically
 from fedcore.report.charts import Line, Plot, histogram, line_chart
+from fedcore.report.compression import ERROR, MISMATCH, compression
 from fedcore.report.facts import Client, Facts, busiest_share, facts_of, histogram_bins
 from fedcore.report.gantt import timeline
 from fedcore.report.scales import (
@@ -44,9 +45,9 @@ LONGEST_REASON = 400        # characters of a reason that are shown
 MOST_EXTRA_CURVES = 12
 EVALUATION_KEYS = {"time_s", "wall_s", "version", "where", "event", "client_updates", "client_steps", "bytes_up",
                    "bytes_down", "num_examples", "num-examples"}
-UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group"}
+UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group", ERROR, MISMATCH}
 # What only some methods have to show; each returns None for the runs of others.
-EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = ()
+EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = (compression,)
 AXES = (("client_updates", "client updates", COUNT), ("bytes", "bytes, up and down", BYTES))
 
 

@@ -1,17 +1,19 @@
 """Every example runs as its first lines say, and learns something."""
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fedcore
 from fedcore.config import load_experiment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "bring_your_own_task"]
+RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "bring_your_own_task", "thin_uplink"]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -37,6 +39,13 @@ def test_every_example_file_is_valid():
         # The study wants MNIST from the user's disk; everything else about it can be checked without.
         overrides = ["task=digits"] if file.parent.name == "uneven_mnist" else []
         assert load_experiment(file, overrides).clients.count >= 4
+
+
+def test_every_method_of_the_thin_uplinks_is_valid():
+    folder = EXAMPLES / "thin_uplink"
+    methods = runpy.run_path(str(folder / "side_by_side.py"))["METHODS"]
+    experiment = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+    assert len({load_experiment({**experiment, **changes}).strategy_name for changes in methods.values()}) == 4
 
 
 def test_the_notebook_style_example_runs_from_top_to_bottom(tmp_path):
