@@ -197,6 +197,12 @@ def test_the_ledger_is_written_before_the_reply_leaves_even_when_the_state_is_lo
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("trust", [True, "true"])
+def test_an_operator_may_trust_the_server(client, trust):
+    context = node_context(max_releases=5, trust_server=trust)
+    assert ARRAYS in client(request(point(1), asked(terms=CENTRAL)), context).content
+
+
 @pytest.mark.parametrize("config, name", [
     ({"max_epsilon": 3.0}, "max-epsilon"), ({"max_epsilon": -1.0, "max_delta": 1e-5}, "max-epsilon"),
     ({"max_epsilon": 3.0, "max_delta": 1.0}, "max-delta"), ({"trust_server": "yes"}, "trust-server"),

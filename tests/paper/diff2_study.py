@@ -2,12 +2,12 @@
 
     python -m tests.paper.diff2_study
 
-Ten clients have 1000 records each: d = 20 normal inputs x whose scales s run from 1 to 0.1, weights w* = +-0.4/s, and
+Ten clients have 1000 records each: d = 20 normal inputs x whose scales s run from 1 to 0.1, weights w* = +-0.2/s, and
 targets <w*, x> plus noise of deviation 0.1, or 10 for the 5 % that are outliers. The loss of a record is
 log(1 + r^2/2), r = <w, x> - y, which is not convex. All records take part in every round; noise is at the level of
-`central`, delta is 1e-5, and one record is replaced. Both methods are tuned over step size, clip norms and rounds (and T
-for DIFF2) on noise seeds of their own, and scored on ten others. The figure is the squared norm of the exact gradient,
-averaged over the last tenth of the rounds.
+`central`, delta is 1e-5, and one record is replaced. Both methods are tuned over step size, clip norms and rounds (and
+T for DIFF2) on noise seeds of their own, and scored on ten others. The figure is the squared norm of the exact
+gradient, averaged over the last tenth of the rounds.
 """
 import math
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from fedcore.strategies.private_plan import BETWEEN, FULL, Schedule, make_budget
 
 CLIENTS, RECORDS, DIMENSION = 10, 1000, 20
 DELTA, RELATION = 1e-5, "replace-one"
-SCORED_SEEDS, TUNING_SEEDS = range(10), range(100, 103)
+SCORED_SEEDS, TUNING_SEEDS = range(10), range(100, 102)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Problem:
         count = CLIENTS * RECORDS
         self.inputs = torch.randn(count, DIMENSION, dtype=torch.float64, generator=draw) * scales
         # Every input matters alike, whatever its unit.
-        truth = 0.4 * torch.randn(DIMENSION, dtype=torch.float64, generator=draw).sign() / scales
+        truth = 0.2 * torch.randn(DIMENSION, dtype=torch.float64, generator=draw).sign() / scales
         outliers = torch.rand(count, dtype=torch.float64, generator=draw) < 0.05
         errors = torch.randn(count, dtype=torch.float64, generator=draw)
         self.targets = self.inputs @ truth + torch.where(outliers, 10.0, 0.1) * errors
@@ -134,19 +134,31 @@ def run(problem: Problem, settings: Settings, epsilon: float | None, seeds: Sequ
 
 
 def tuned(problem: Problem, grid: dict[str, Iterable[Any]], epsilon: float) -> Settings:
-    """Return the settings with the smallest squared gradient on the tuning seeds."""
-    start = Settings(1, 1, 1.0, 1.0)
-    candidates = [replace(start, **dict(zip(grid, values, strict=True))) for values in product(*grid.values())]
-    return min(candidates, key=lambda settings: run(problem, settings, epsilon, TUNING_SEEDS).squared_gradient)
+    """Return the settings with the smallest squared gradient on the tuning seeds.
+
+    Settings that end no better than they begin are left out: far from all data this loss is flat.
+    """
+    start, best = problem.loss(torch.zeros(1, DIMENSION, dtype=torch.float64)), (math.inf, Settings(1, 1, 1.0, 1.0))
+    for values in product(*grid.values()):
+        settings = replace(best[1], **{"interval": 1, **dict(zip(grid, values, strict=True))})
+        result = run(problem, settings, epsilon, TUNING_SEEDS)
+        if result.loss < start and result.squared_gradient < best[0]:
+            best = result.squared_gradient, settings
+    return best[1]
 
 
 GRIDS: dict[str, dict[str, Iterable[Any]]] = {
-    "DP-GD": {"rounds": (200, 400, 800), "server_lr": (2.0, 4.0, 8.0), "clip_gradient": (0.0625, 0.125, 0.25)},
-    "DIFF2": {"rounds": (200, 400), "server_lr": (2.0, 3.0), "clip_gradient": (0.25, 0.5), "interval": (30, 60),
-              "clip_difference": (1.0, 2.0)},
+    "DP-GD": {"rounds": (400, 800, 1600), "server_lr": (1.0, 2.0, 4.0), "clip_gradient": (0.0625, 0.125, 0.25)},
+    "DIFF2": {"rounds": (400, 800), "server_lr": (1.5, 2.0), "clip_gradient": (0.125, 0.25), "interval": (20, 40),
+              "clip_difference": (0.7, 1.0)},
 }
 # What tuning found, so that the test need not tune again.
-FOUND: dict[tuple[str, float], Settings] = {}
+FOUND: dict[tuple[str, float], Settings] = {
+    ("DP-GD", 1.0): Settings(1600, 1, 1.0, 0.0625),
+    ("DIFF2", 1.0): Settings(800, 40, 2.0, 0.125, 0.7),
+    ("DP-GD", 3.0): Settings(1600, 1, 1.0, 0.125),
+    ("DIFF2", 3.0): Settings(800, 40, 2.0, 0.125, 0.7),
+}
 
 
 def main() -> None:
