@@ -13,6 +13,8 @@ import fedcore
 from fedcore.config import load_experiment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+WITHOUT_DATA = {"uneven_mnist": ["task=digits"], "blackbox_attack": ["task=blackbox_quadratics", "stop.target={}"],
+                "private_housing": ["task=digits"], "char_lm_peers": ["task=digits"]}
 RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "bring_your_own_task", "thin_uplink"]
 
 
@@ -36,8 +38,8 @@ def test_a_users_strategy_resumes_to_the_same_bits(name, tmp_path):
 
 def test_every_example_file_is_valid():
     for file in sorted(EXAMPLES.glob("*/experiment.yaml")):
-        # The study wants MNIST from the user's disk; everything else about it can be checked without.
-        overrides = ["task=digits"] if file.parent.name == "uneven_mnist" else []
+        # Some want data from the user's disk; everything else about them can be checked without.
+        overrides = WITHOUT_DATA.get(file.parent.name, [])
         assert load_experiment(file, overrides).clients.count >= 2
 
 
