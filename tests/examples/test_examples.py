@@ -50,6 +50,13 @@ def test_every_method_of_the_thin_uplinks_is_valid():
     assert len({load_experiment({**experiment, **changes}).strategy_name for changes in methods.values()}) == 4
 
 
+def test_f1_is_tuned_by_evaluating_it_only(tmp_path):
+    run = fedcore.simulate(EXAMPLES / "tune_f1" / "experiment.yaml", out=tmp_path / "run", overrides=["stop.rounds=2"])
+    before, *_, after = run.rows("evaluate")
+    assert before["f1"] < 0.8 and after["f1"] > 0.9 and after["test_f1"] > 0.85
+    assert run.summary["queries"] == 5 * (11 + 2 * 76)
+
+
 def test_the_notebook_style_example_runs_from_top_to_bottom(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, EXAMPLES / "python_api" / "uneven_digits.py"], env=environment,
