@@ -96,6 +96,7 @@ class EventStrategy(HubStrategy):
             session.safe_point()
             if hub.stop_reason is not None:
                 return
+            del outcome    # a model's worth of memory, not to be held while the next one is waited for
 
     @staticmethod
     def _rounds_done(hub: Hub) -> float:

@@ -222,6 +222,7 @@ class Session:
                     yield Event("join", hub.now, node.id)
             else:
                 yield outcome
+            del outcome    # its memory is not held while the next one is waited for
 
     def _report_join(self, node: Node | None) -> None:
         if node is not None:

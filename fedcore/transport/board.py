@@ -5,6 +5,7 @@ Everything here belongs to the event loop's thread and knows nothing of gRPC.
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
@@ -58,10 +59,11 @@ class Board:
         self.members: dict[int, Member] = {}
         self.jobs: dict[str, Job] = {}
         self.assigned: dict[str, int] = {}    # partitions of clients that name none
-        self.credits = Credits(settings.max_uploads, settings.max_upload_bytes, self._evict)
+        self.credits = Credits(settings.max_uploads, settings.max_upload_bytes, self._evict, self._old_versions)
+        self._held_requests: Counter[int] = Counter()    # jobs that wait to be fetched, by where their memory is
         self.largest_request = 0
-        self._newest_model = 0                # where the model of the requests in `_keeping` lies in memory
-        self._keeping: set[str] = set()
+        self._newest_model = 0                # where the model of the newest requests lies in memory
+        self.on_memory: Callable[[], None] = lambda: None    # told when more or less of it is in use
         self.counts = {"replays": 0, "incidents": 0}
 
     # ---- members ----------------------------------------------------------------------------------------------------
@@ -172,16 +174,45 @@ class Board:
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def push(self, jobs: Iterable[Job]) -> None:
-        """Give nodes work that is in `jobs` already; it is announced at once to those that are connected."""
+        """Give nodes work; it is announced at once to those that are connected."""
         for job in jobs:
+            self.jobs[job.name] = job
             assert job.framed is not None
-            self.largest_request = max(self.largest_request, job.framed.size)
+            self._hold(job)
             self._start_expiry(job)
             if (member := self.members.get(job.node_id)) is None:
                 self.fail(job, NODE_GONE, "it had just left")
                 continue
             member.jobs[job.name] = job
             self._announce(member, job)
+
+    def _hold(self, job: Job) -> None:
+        """Take note of a request's memory; those with an older model that were delivered are not kept any longer."""
+        assert job.framed is not None
+        self.largest_request = max(self.largest_request, job.framed.size)
+        if memory := job.framed.memory:
+            self._held_requests[memory] += 1
+            if memory != self._newest_model:
+                self._newest_model = memory
+                for other in list(self.jobs.values()):
+                    if other.stage != "waiting":
+                        self.delivered(other)
+        self.on_memory()
+
+    def _let_go(self, job: Job) -> None:
+        """Forget a request's content: the node has it, or does not need it any more."""
+        if job.framed is not None and (memory := job.framed.memory):
+            self._held_requests[memory] -= 1
+            if not self._held_requests[memory]:
+                del self._held_requests[memory]
+        job.framed = None
+        job.message = without_content(job)
+        self.credits.admit()
+        self.on_memory()
+
+    def _old_versions(self) -> int:
+        """Return how many models are kept only because they are still being sent; the newest is the strategy's own."""
+        return max(0, len(self._held_requests) - 1)
 
     def _start_expiry(self, job: Job) -> None:
         ttl = job.message.metadata.ttl
@@ -206,16 +237,9 @@ class Board:
         """
         if job.stage == "waiting":
             job.enter("working", self.now())
-        if job.framed is None or job.framed.size + len(job.framed.head) <= INLINE_BYTES:
-            return
-        model = job.framed.largest_address()
-        if model != self._newest_model:
-            for name in self._keeping:
-                if (kept := self.jobs.get(name)) is not None and kept.framed is not None:
-                    kept.framed = None
-                    kept.message = without_content(kept)
-            self._newest_model, self._keeping = model, set()
-        self._keeping.add(job.name)
+        framed = job.framed
+        if framed is not None and framed.size + len(framed.head) > INLINE_BYTES and framed.memory != self._newest_model:
+            self._let_go(job)
 
     def expire(self, job: Job) -> None:
         """Give up on a job whose time is over."""
@@ -246,9 +270,8 @@ class Board:
         if job.expiry is not None:
             job.expiry.cancel()
         job.partial = None
-        job.framed = None
         job.error = outcome if isinstance(outcome, Error) else None
-        job.message = without_content(job)
+        self._let_go(job)
         job.enter("arrived", self.now())
         if isinstance(outcome, Error):
             self.credits.release(job.name)
@@ -330,6 +353,8 @@ class Board:
             elif job.node_id not in self.members:
                 self.fail(job, NODE_GONE, "it left")
             else:
+                if job.framed is not None:
+                    self._hold(job)
                 self._start_expiry(job)
 
     def incident(self, who: str, reason: str) -> None:

@@ -13,10 +13,12 @@ class Credits:
     Args:
         max_uploads, max_bytes: admitted at once; a single upload is admitted whatever its size.
         on_evict: told of a broken-off upload that lost its place.
+        in_use: returns how many places other things take (old versions of the model that are still being sent).
     """
 
-    def __init__(self, max_uploads: int, max_bytes: int | None, on_evict: Callable[[str], None]):
-        self.max_uploads, self.max_bytes, self.on_evict = max_uploads, max_bytes, on_evict
+    def __init__(self, max_uploads: int, max_bytes: int | None, on_evict: Callable[[str], None],
+                 in_use: Callable[[], int] = lambda: 0):
+        self.max_uploads, self.max_bytes, self.on_evict, self.in_use = max_uploads, max_bytes, on_evict, in_use
         self._held: dict[str, int] = {}
         self._parked: dict[str, None] = {}
         self._waiting: deque[tuple[str, int, asyncio.Future[None]]] = deque()
@@ -31,6 +33,11 @@ class Credits:
         """Uploads that wait for one."""
         return len(self._waiting)
 
+    @property
+    def free(self) -> int:
+        """How many more uploads would fit."""
+        return max(0, self.max_uploads - len(self._held) - self.in_use())
+
     def has_room(self, size: int) -> bool:
         """Say whether an upload would be admitted at once."""
         return not self._waiting and self._fits(size, parked_too=True)
@@ -43,7 +50,7 @@ class Credits:
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (name, size, place)
         self._waiting.append(entry)
-        self._admit()
+        self.admit()
         try:
             await place
         except asyncio.CancelledError:
@@ -57,22 +64,23 @@ class Credits:
         """Let an upload that was broken off keep its place until somebody else wants it."""
         if name in self._held:
             self._parked[name] = None
-            self._admit()
+            self.admit()
 
     def release(self, name: str) -> None:
         """Give a credit back; one that is not held does not matter."""
         self._parked.pop(name, None)
         if self._held.pop(name, None) is not None:
-            self._admit()
+            self.admit()
 
     def _fits(self, size: int, parked_too: bool = False) -> bool:
         held = {name: size for name, size in self._held.items() if not (parked_too and name in self._parked)}
         if not held:
             return True
-        return len(held) < self.max_uploads and (
+        return len(held) + self.in_use() < self.max_uploads and (
             self.max_bytes is None or sum(held.values()) + size <= self.max_bytes)
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Admit whoever there is room for."""
         while self._waiting:
             name, size, place = self._waiting[0]
             if not self._fits(size):

@@ -12,7 +12,7 @@ from fedcore.errors import LinkRefused, MalformedFrame, RunOver, StreamCut, Task
 from fedcore.tasks import printable
 from fedcore.tls import Credentials, channel_credentials
 from fedcore.transport.frames import Assembler, Framed
-from fedcore.transport.pool import BufferPool
+from fedcore.transport.pool import ALIGNMENT, BufferPool
 from fedcore.transport.records import Plan
 from fedcore.transport.streams import Pace, read_body, write_body
 from fedcore.transport.wire import Envelope, channel_options, method, pack, unpack
@@ -86,10 +86,10 @@ class Link:
             return cls(channel, call, answer.facts, pace, credentials is None)
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
             reason = await why_ended(call, error)
-            await channel.close()
+            await _hang_up(call, channel)
             raise ConnectionError(reason) from error
         except BaseException:
-            await channel.close()
+            await _hang_up(call, channel)
             raise
 
     async def read(self) -> Envelope | None:
@@ -114,8 +114,7 @@ class Link:
 
     async def close(self) -> None:
         """End the connection."""
-        self._call.cancel()
-        await self.channel.close()
+        await _hang_up(self._call, self.channel)
 
     async def fetch(self, name: str, partial: Download | None, pool: BufferPool, accept: Callable[[Plan], None]
                     ) -> Download:
@@ -139,6 +138,7 @@ class Link:
             if partial is None or partial.head != first.head or first.facts.get("start") != start:
                 plan = Plan.of(first.head)
                 accept(plan)
+                pool.expect(plan.size + ALIGNMENT)    # the next request will be as large
                 found = Download(first.head, Assembler(pool.take(plan.size), checked=self._checked), plan)
             assert found is not None
             try:
@@ -199,6 +199,12 @@ class Broken(ConnectionError):
     def __init__(self, download: Download, reason: str):
         super().__init__(reason)
         self.download = download
+
+
+async def _hang_up(call: Any, channel: aio.Channel) -> None:
+    # Closing the channel alone leaves the call open: the server would not notice before the next heartbeat.
+    call.cancel()
+    await channel.close()
 
 
 def _failure(error: grpc.RpcError) -> Exception:

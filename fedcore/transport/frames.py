@@ -54,10 +54,11 @@ class Framed:
                 pieces.append(_PADDING[:gap])
         return cls(head, tuple(piece for piece in pieces if len(piece)), sum(map(len, pieces)))
 
-    def largest_address(self) -> int:
-        """Return where the largest buffer lies in memory: equal for messages that bring the same model."""
+    @property
+    def memory(self) -> int:
+        """Where the body's memory begins: bodies over the same memory have it in common. 0 for a small one."""
         largest = max(self.pieces, key=len, default=memoryview(b""))
-        return int(np.frombuffer(largest, np.uint8).ctypes.data) if len(largest) else 0
+        return 0 if len(largest) < CHUNK_BYTES else np.frombuffer(largest, np.uint8).ctypes.data
 
     def chunks(self, start: int = 0, checked: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the body from byte `start` on, each chunk with its checksum before it where that is wanted."""

@@ -71,6 +71,7 @@ class GrpcGrid(Grid):
         self._board = self._server.board
         self._run = empty_run()
         self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
+        self._awaited: dict[str, None] = {}     # pushed, and no reply is here
         self._news: deque[Event] = deque()
         self._heard = False                     # somebody listens to events, and must not miss any
         self._told: dict[int, None] = {}        # nodes that whoever listens knows to be here
@@ -139,8 +140,7 @@ class GrpcGrid(Grid):
         jobs = [self._job(message) if message.metadata.dst_node_id in self._board.members else None
                 for message in messages]
         known = [job for job in jobs if job is not None]
-        # Known at once, so that a pull that follows does not take them for unknown.
-        self._board.jobs.update((job.name, job) for job in known)
+        self._awaited.update((job.name, None) for job in known)
         self._server.call(self._board.push, known)
         return [None if job is None else job.name for job in jobs]
 
@@ -151,7 +151,7 @@ class GrpcGrid(Grid):
         self._drain()
         found = [self._inbox.pop(name) for name in wanted if name in self._inbox]
         answered = {reply.metadata.reply_to_message_id for reply in found}
-        return found + [_no_reply(name) for name in wanted if name not in answered and not self._server.is_known(name)]
+        return found + [_no_reply(name) for name in wanted if name not in answered and name not in self._awaited]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for their replies, in the order of the messages; `timeout` in seconds."""
@@ -255,6 +255,7 @@ class GrpcGrid(Grid):
         assert not self._server.started, "clients are connected already"
         self._board.load_state_dict(state, self._restored_job)
         self._mark = state["mark"]
+        self._awaited = dict.fromkeys(self._board.jobs)
         told = dict.fromkeys(state["told"])
         self._told = dict(told)
         for node_id in self._board.members:
@@ -316,6 +317,7 @@ class GrpcGrid(Grid):
         if event.message is not None:
             name = event.message.metadata.reply_to_message_id
             self._inbox[name] = event.message
+            self._awaited.pop(name, None)
             self._note_times(name)
             self._server.call(self._server.taken, [name])
         elif self._heard:
@@ -329,6 +331,7 @@ class GrpcGrid(Grid):
             self._told.pop(event.node_id, None)
         elif event.message is not None:
             self._in_hand = event.message.metadata.reply_to_message_id
+            self._awaited.pop(self._in_hand, None)
             self._note_times(self._in_hand)
         return event
 

@@ -137,6 +137,12 @@ class Journal:
         """Ids of the tasks whose replies the server has not used, as far as is known."""
         return [str(entry.id) for entry in self.entries if not entry.taken]
 
+    def set_wanted(self, names: Iterable[str]) -> None:
+        """Note that the server asks for replies that it had used before it was restored."""
+        wanted = set(names)
+        for entry in self.entries:
+            entry.taken = entry.taken and str(entry.id) not in wanted
+
     def find(self, name: str) -> Entry | None:
         """Return a finished task by its id."""
         return next((entry for entry in self.entries if str(entry.id) == name), None)

@@ -47,9 +47,14 @@ class BufferPool:
             weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent
 
-    def trim(self) -> None:
-        """Give idle memory back to the system."""
-        self._idle.clear()
+    def expect(self, num_bytes: int) -> None:
+        """Keep as many idle bytes from now on, if that is more than before."""
+        self.max_idle_bytes = max(self.max_idle_bytes, num_bytes)
+
+    def limit(self, num_bytes: int) -> None:
+        """Keep at most so many idle bytes from now on."""
+        self.max_idle_bytes = num_bytes
+        self._trim()
 
     def _pop(self, needed: int) -> np.ndarray | None:
         fitting = [(memory.nbytes, number) for number, memory in list(self._idle.items())
@@ -63,6 +68,9 @@ class BufferPool:
         if memory.nbytes > self.max_idle_bytes:
             return
         self._idle[next(self._numbers)] = memory
+        self._trim()
+
+    def _trim(self) -> None:
         for number in list(self._idle):    # the oldest first: the sizes of today are the likelier to be asked for
             if self.idle_bytes <= self.max_idle_bytes:
                 return

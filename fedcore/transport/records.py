@@ -143,9 +143,10 @@ class Plan:
             if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)):
                 raise MalformedFrame("a record is not described by its name, its kind and its entries")
             name, kind, body = entry
-            if kind not in _READERS or name in self._makers:
+            read = _READERS.get(kind) if isinstance(kind, str) else None
+            if read is None or name in self._makers:
                 raise MalformedFrame(f"a record {shown(name)} of kind {shown(kind)} came twice, or is unknown")
-            self._makers[name] = _READERS[kind](self, body)
+            self._makers[name] = read(self, body)
 
     @classmethod
     def of(cls, head: bytes | memoryview | Mapping[str, Any]) -> "Plan":
@@ -178,7 +179,7 @@ class Plan:
 
     def values(self, dtype: Any, shape: Any) -> Callable[[np.ndarray], np.ndarray]:
         """Reserve an array's memory; returns what takes the array out of the body."""
-        if dtype not in DTYPES:
+        if not _is_dtype(dtype):
             raise MalformedFrame(f"values of type {shown(dtype)} came")
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
             raise MalformedFrame(f"an array of shape {shown(shape)} came")
@@ -189,6 +190,10 @@ class Plan:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in DTYPES
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -235,7 +240,7 @@ def _read_layout(text: str) -> Layout:
 def _specs(body: Any) -> tuple[TensorSpec, ...]:
     specs = []
     for entry in _list(body, "a layout's tensors"):
-        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and entry[1] in DTYPES
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and _is_dtype(entry[1])
                 and isinstance(entry[2], list) and len(entry[2]) <= MAX_DIMENSIONS and all(map(_is_count, entry[2]))):
             raise MalformedFrame("a tensor is not described by its name, dtype and shape")
         specs.append(TensorSpec(entry[0], tuple(entry[2]), entry[1]))

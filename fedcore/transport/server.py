@@ -17,7 +17,7 @@ from fedcore.transport.board import Board, Incident
 from fedcore.transport.history import History
 from fedcore.transport.loop import link_loop, submit
 from fedcore.transport.members import Member
-from fedcore.transport.pool import BufferPool
+from fedcore.transport.pool import ALIGNMENT, BufferPool
 from fedcore.transport.service import LinkService, Refuse
 from fedcore.transport.settings import LinkSettings
 from fedcore.transport.wire import host_of, is_loopback, node_id_of, pack, server_options
@@ -29,7 +29,7 @@ T = TypeVar("T")
 CLOSING_S = 10.0
 # Files that a process needs beside its connections.
 OTHER_FILES = 256
-# Idle memory kept for the next uploads, as a multiple of the largest request.
+# Idle memory that is kept for the next uploads, whatever the model's size.
 IDLE_BYTES_LEAST = 16 << 20
 
 
@@ -52,6 +52,7 @@ class Server:
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.board = Board(settings, History(kept_checkpoints), lambda: self._clock.now, self.events.put, on_incident)
         self.pool = BufferPool(IDLE_BYTES_LEAST)
+        self.board.on_memory = self._limit_idle_memory
         self.service = LinkService(self.board, settings, self.pool, credentials is not None, refuse, run_config,
                                    self.snapshot)
         self.started = self.closed = False
@@ -87,10 +88,6 @@ class Server:
         """Return a client; of one that is gone, an empty shell."""
         found = self.board.members.get(node_id)
         return found or Member("", node_id, -1, {}, None)
-
-    def is_known(self, name: str) -> bool:
-        """Say whether a task's reply is still to come."""
-        return name in self.board.jobs
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -167,7 +164,12 @@ class Server:
         for name in names:
             self.board.credits.release(name)
         self.board.taken(names)
-        self.pool.max_idle_bytes = max(IDLE_BYTES_LEAST, self.settings.max_uploads * 2 * self.board.largest_request)
+        self._limit_idle_memory()
+
+    def _limit_idle_memory(self) -> None:
+        """Keep as much idle memory as further uploads may take: what is in use otherwise is not kept twice."""
+        each = self.board.largest_request + ALIGNMENT
+        self.pool.limit(max(IDLE_BYTES_LEAST, self.board.credits.free * each))
 
     def state_dict(self) -> tuple[int, dict[str, Any]]:
         """Return a new mark and what a checkpoint holds of the link."""

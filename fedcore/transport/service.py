@@ -303,6 +303,8 @@ class LinkService:
                 return
             except MalformedFrame as error:
                 self._cannot_read(member, job, str(error))
+            except ConnectionResetError:
+                return    # it will go on where it ended
             await context.write(pack({"kind": "done"}))
 
     async def _receive(self, member: Member, job: Job, plan: Plan, head: bytes, context: Context) -> Content | None:

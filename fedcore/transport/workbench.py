@@ -130,14 +130,14 @@ class Workbench:
             logger.warning("The server was restored to an earlier moment: %d tasks are undone here, too.", len(undone))
         wanted, arrived = set(welcome.get("open", ())), set(welcome.get("arrived", ()))
         # The marks first: they say which of the replies that were taken must be kept all the same.
+        journal.set_wanted(wanted)
         await self._on_disk(journal.set_marks, welcome.get("marks"))
         await self._on_disk(journal.set_taken, [name for name in journal.untaken if name not in wanted | arrived])
         for entry in [*self._queue.values(), *([self._running] if self._running is not None else [])]:
             entry.dropped = position(entry.id, journal.lineage) is None
         self._queue = {name: entry for name, entry in self._queue.items() if name in wanted and not entry.dropped}
-        self._unsent = {name: self._unsent.get(name) for name in journal.untaken if name in wanted}
-        # A task that was asked for again (the server was restored) has its reply already.
-        self._unsent |= {str(entry.id): None for entry in journal.entries if str(entry.id) in wanted}
+        # Those that the server asks for again, because it was restored, are among them.
+        self._unsent = {name: self._unsent.get(name) for name in journal.tasks if name in wanted}
         if self._unsent:
             self._outgoing.set()
 

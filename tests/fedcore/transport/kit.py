@@ -11,13 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedcore.authority import Authority, init_ca
 from fedcore.certs import host_names
+from fedcore.payload import VectorRecord
 from fedcore.tls import Credentials, load_credentials
 from fedcore.transport.agent import ClientAgent
 from fedcore.transport.grid import GrpcGrid
+from fedcore.transport.loop import submit
+from fedcore.vectors import Layout, TensorSpec
 
 PATIENCE_S = 30.0
 
@@ -83,13 +88,17 @@ def deployed(
 ) -> Iterator[tuple[GrpcGrid, list[Client]]]:
     """Run a server and clients in threads of this process; they end with the block."""
     grid = grid or GrpcGrid("127.0.0.1:0", None if pki is None else pki.server, run_config={"seed": 0})
+    others: list[Client] = []
     with grid:
-        others = [Client(app(), grid.address, index, credentials=None if pki is None else pki.node(index), **settings)
+        others += [Client(app(), grid.address, index, credentials=None if pki is None else pki.node(index), **settings)
                   for index in range(clients)]
         wait_for(lambda: len(grid.get_node_ids()) == clients, "all clients connecting")
-        yield grid, others
+        try:
+            yield grid, others
+        finally:
+            for client in others:
+                client.agent.stop()
     for client in others:
-        client.agent.stop()
         client.join()
 
 
@@ -174,3 +183,64 @@ class Proxy:
                     one.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     continue
+
+
+def crash(grid: GrpcGrid) -> None:
+    """End a server without a word to anybody, as kill -9 does."""
+    submit(grid._server._grpc.stop(0)).result()
+    grid._server.closed = True
+
+
+class Work:
+    """Makes ClientApps that note what they do, and can be held up.
+
+    Attributes:
+        done: what was computed, in order: the requests' `number`.
+        gate: cleared, it holds training up.
+    """
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+        self.begun = 0
+        self.threads: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self) -> ClientApp:
+        app = ClientApp()
+        app.train()(self.train)
+        app.train("fail")(self.fail)
+        app.evaluate()(self.train)
+        return app
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Count in the state, and answer with the state and with the arrays that came."""
+        self.begun += 1
+        assert self.gate.wait(PATIENCE_S)
+        self.threads.add(threading.get_ident())
+        number = int(message.content["config"]["number"])
+        before = list(context.state["seen"]["numbers"]) if "seen" in context.state else []
+        context.state["seen"] = ConfigRecord({"numbers": [*before, number]})
+        self.done.append(number)
+        content = RecordDict({"seen": ConfigRecord({"numbers": [*before, number]})})
+        if "arrays" in message.content:
+            content["arrays"] = message.content["arrays"]
+        return Message(content, reply_to=message)
+
+    def fail(self, message: Message, context: Context) -> Message:
+        context.state["seen"] = ConfigRecord({"numbers": [-1]})
+        raise RuntimeError("this data is broken")
+
+
+def ask(node_id: int, number: int, values: int = 0, action: str = "train", ttl: float = 600.0) -> Message:
+    """Return a request for `Work`, with a model of so many values."""
+    content = RecordDict({"config": ConfigRecord({"number": number})})
+    if values:
+        layout = Layout((TensorSpec("weight", (values,), "float32"),), (), ("weight",))
+        content["arrays"] = VectorRecord.of(torch.arange(values, dtype=torch.float32) + number, {}, layout)
+    return Message(content, node_id, action, ttl=ttl)
+
+
+def seen(reply: Message) -> list[int]:
+    """Return which numbers a client had seen when it answered."""
+    return list(reply.content["seen"]["numbers"])
