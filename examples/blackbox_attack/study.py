@@ -63,7 +63,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         found = sorted(MOST_QUERIES * 10 if queries is None else queries for queries in row["queries"])
         shares = " | ".join(f"{sum(queries <= mark for queries in found) / len(found):.0%}" for mark in MARKS)
-        lines.append(f"| {row['method']} | {row['step_size']:g} | {statistics.median(found):,.0f} | {shares} |")
+        median = statistics.median(found)
+        typical = f"{median:,.0f}" if median <= MOST_QUERIES else f"not in {MOST_QUERIES:,}"
+        lines.append(f"| {row['method']} | {row['step_size']:g} | {typical} | {shares} |")
     return "\n".join(lines)
 
 
