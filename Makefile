@@ -83,6 +83,10 @@ bench-sim: $(VENV)/.requirements-dev $(VENV)/.package ## time the simulator besi
 bench-compress: $(VENV)/.requirements-dev $(VENV)/.package ## time compressors beside torch.topk and a memory copy
 	@$(BIN)/python benchmarks/bench_compress.py
 
+.PHONY: bench-zeroth
+bench-zeroth: $(VENV)/.requirements-dev $(VENV)/.package ## time FZooS's Gaussian process beside scikit-learn's
+	@$(BIN)/python benchmarks/bench_zeroth.py
+
 .PHONY: bench-link
 bench-link: $(VENV)/.requirements-dev $(VENV)/.package ## time the gRPC link beside a bare grpc.aio stream
 	@$(BIN)/python benchmarks/bench_link.py

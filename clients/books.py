@@ -65,6 +65,7 @@ class Limits:
             raise InvalidSetting("max-epsilon", config.get("max-epsilon"), "given together with max-delta",
                                  "An epsilon means nothing without its delta.")
         trust, ledger = config.get("trust-server", False), config.get("privacy-ledger")
+        trust = {"true": True, "false": False}.get(str(trust).lower(), trust)    # our own command line gives texts
         if not isinstance(trust, bool):
             raise InvalidSetting("trust-server", trust, "true or false", "It is part of this node's configuration.")
         return cls(**found, trust_server=trust, ledger=None if ledger is None else Path(str(ledger)).expanduser())

@@ -6,6 +6,8 @@ from flwr.clientapp.typing import Mod
 
 from fedcore.clients.apps import EstimatingApp
 from fedcore.clients.blackbox import OwnBlackBox, is_black_box
+from fedcore.clients.data import as_dataset
+from fedcore.clients.modules import initial_model
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import PartitionedTask, Task
 from fedcore.clients.torch_client import torch_client
@@ -52,6 +54,29 @@ def build_task(experiment: Experiment) -> Task:
             "task", experiment.task_name, "a task", f"{type(built).__name__} has no method {missing[0]}()."
         )
     return task
+
+
+def try_task(experiment: Experiment, strategy: Any) -> None:
+    """Look at an experiment's data before it runs, and ask a private strategy what it says of them.
+
+    Raises:
+        BadInput: data are missing, unreadable or too few, or nothing could be promised about them.
+    """
+    task = build_task(experiment)
+    task.data(0)
+    check_data = getattr(strategy, "check_data", None)
+    if check_data is None or hasattr(task, "client_app"):
+        return
+    layout = initial_model(task, experiment.seed).layout
+    try:
+        check_data(client_sizes(task, experiment.clients.count), layout)
+    except InvalidSetting as error:
+        raise error.under("strategy") from error
+
+
+def client_sizes(task: Task, count: int) -> list[int]:
+    """Return how many training examples each client has."""
+    return [len(as_dataset(task.data(partition))) for partition in range(count)]
 
 
 def train_settings(experiment: Experiment) -> TrainSettings:

@@ -91,7 +91,8 @@ class PrivateClient:
         self.flat, self.data, self.batch_size = flat, data, batch_size
         self.message, self.context = message, context
         self.asked, self.books = Ask.of(message), Books(context)
-        self.partition = context.node_config.get("partition-id", site_of(context))
+        number = context.node_config.get("partition-id")
+        self.partition = number if isinstance(number, int) else site_of(context)
         self.simulated = context.node_config.get(SIMULATED) is True
         self.params, buffers = read_vector(message, ARRAYS, flat.layout)
         flat.load(self.params, buffers)

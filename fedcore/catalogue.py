@@ -250,7 +250,7 @@ PROVIDED = {
 BESIDES = {"schedules": ("unit",), "compressors": ("error_feedback",)}
 
 # Where an experiment's other sections are tried out, because the ranges of their settings are known there.
-TASK_TRIAL = "fedcore.clients.build:build_task"
+TASK_TRIAL = "fedcore.clients.build:try_task"
 TRAIN_TRIAL = "fedcore.clients.settings:TrainSettings"
 OPTIMIZER_TRIAL = "fedcore.clients.optim:OptimizerFactory"
 SCHEDULE_TRIAL = "fedcore.clients.schedules:make_schedule"

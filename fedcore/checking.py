@@ -58,7 +58,7 @@ def check_experiment(
         raise BadExperiment(source, problems)
     try:
         # Data that are missing or unreadable, or too few for so many clients, show only when they are asked for.
-        registry.load(TASK_TRIAL)(checked).data(0)
+        registry.load(TASK_TRIAL)(checked, strategy)
     except BadInput as error:
         raise BadExperiment(source, [error]) from error
     checked._warnings = tuple(doubts(checked, settings, task, strategy))

@@ -111,7 +111,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the figures of a run that its last screen shows, as pairs of texts."""
     reasons = {"target": "the target is reached", "seconds": "the time is over", "rounds": "all rounds are done",
                "client_updates": "all client updates are done", "interrupted": "it was interrupted",
-               "finished": "the app has finished"}
+               "finished": "the app has finished", "budget": "the privacy budget is spent",
+               "diverged": "the steps were too long"}
     reason = str(summary.get("stop_reason"))
     rows = [
         ("stopped because", reasons.get(reason, reason)),
@@ -127,6 +128,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             best = summary.get(f"best_{metric}")
             text = metric_figure(metric, final) + (f" (best {metric_figure(metric, best)})" if best is not None else "")
             rows.append((f"final {metric}", text))
+    if (epsilon := summary.get("epsilon")) is not None and (delta := summary.get("delta")) is not None:
+        rows.append(("privacy spent", f"epsilon {epsilon:.4g} at delta {delta:g}"))
     if (excess := summary.get("excess_loss")) is not None:
         rows.append(("excess loss", metric_figure("excess_loss", excess)))
     for metric, value in (summary.get("target") or {}).items():

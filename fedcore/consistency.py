@@ -18,7 +18,7 @@ def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[Bad
     """
     found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
     found += [*_taking_part(experiment, strategy), *_compressing(experiment, strategy)]
-    return [*found, *_only_evaluating(experiment, task, strategy)]
+    return [*found, *_only_evaluating(experiment, task, strategy), *_keeping_private(experiment, strategy)]
 
 
 def _training(experiment: Experiment) -> list[BadInput]:
@@ -130,6 +130,25 @@ def _compressing(experiment: Experiment, strategy: Any) -> list[BadInput]:
     return [InvalidSetting("compression", experiment.compression, f"left out with {name}", reason)] if reason else []
 
 
+def _keeping_private(experiment: Experiment, strategy: Any) -> list[BadInput]:
+    """Ask a strategy that promises privacy whether anything else of the run would break the promise."""
+    if not getattr(strategy, "keeps_records_private", False):
+        return []
+    found = list[BadInput]()
+    if experiment.evaluate.where == "clients":
+        found.append(InvalidSetting(
+            "evaluate.where", "clients", "server or none",
+            f"What clients measure on their records is a release that the budget of {experiment.strategy_name} does "
+            "not pay for.",
+        ))
+    if hasattr(strategy, "rounds_of"):
+        try:
+            strategy.rounds_of(experiment.stop.rounds)
+        except InvalidSetting as error:
+            found.append(error.under("strategy"))
+    return found
+
+
 def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy: Any) -> list[str]:
     """Return warnings: what is allowed, but has no effect or probably another one than was meant.
 
@@ -153,6 +172,10 @@ def doubts(experiment: Experiment, given: Mapping[str, Any], task: Any, strategy
                      "has what.")
     if experiment.evaluate.where == "none":
         found.append("Nobody evaluates the model (evaluate.where: none), so the report will show no accuracy.")
+    planned, ends = getattr(strategy, "rounds", None), experiment.stop.rounds
+    if isinstance(planned, int) and ends is not None and ends != planned and hasattr(strategy, "rounds_of"):
+        found.append(f"strategy.rounds={planned} and stop.rounds={ends} differ: the noise is for {planned} rounds, and "
+                     "the run ends with the fewer of the two.")
     if (size := getattr(strategy, "buffer_size", None)) is not None and size > experiment.clients.count:
         found.append(f"strategy.buffer_size={size} is more than the {experiment.clients.count} clients: each version "
                      "waits for several updates of the same client.")

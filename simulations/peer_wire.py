@@ -126,9 +126,9 @@ class VirtualWire:
         if not is_finite({ALONE: vector}):
             peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
             vector, weight = torch.zeros_like(vector), 0.0
-        cost = ring_bytes(vector, len(reduction.members))
-        peer.counters.bytes_sent += cost
-        peer.counters.bytes_received += cost
+        count, place = len(reduction.members), reduction.members.index(peer.rank)
+        peer.counters.bytes_sent += ring_bytes(vector, count, place)
+        peer.counters.bytes_received += ring_bytes(vector, count, (place - 1) % count)
         future: asyncio.Future[Reduced] = self._loop.create_future()
         reduction.contributions[peer.rank] = Contribution(vector, weight, began, future)
         self._try_to_finish(tag, round)

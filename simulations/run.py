@@ -113,7 +113,9 @@ class Simulation(Launch):
             return    # they do not change
         rows = []
         for partition in range(min(self.settings.clients.count, MAX_DESCRIBED_CLIENTS)):
-            labels = self.task.labels(partition) if hasattr(self.task, "labels") else None
+            # Of private records not even a simulation's report says which labels they have.
+            private = getattr(self.strategy, "keeps_records_private", False)
+            labels = self.task.labels(partition) if hasattr(self.task, "labels") and not private else None
             count = len(as_dataset(self.task.data(partition)))
             speed = self.grid.engine.devices.seconds_per_step(partition)
             rows.append({"node": partition, "num_examples": count, "labels": labels,

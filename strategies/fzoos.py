@@ -184,7 +184,7 @@ class FZooS(BlackBoxRounds):
                 continue
             self.count(partition, figures)
             assert answer.task is not None
-            answer.task.note["queries"] = figures.queries
+            answer.task.local_steps = figures.queries    # for the timeline
             if figures.value is not None:
                 values[partition] = figures.value
             if figures.spent:

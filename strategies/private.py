@@ -232,7 +232,7 @@ class PrivateRounds(RoundStrategy):
             return
         moved = float((params - hub.model.params).norm())
         self.previous, self.estimate = hub.model.params, estimate
-        figures = {"restart": int(full), "clip_norm": clip_norm, "noise_std": std, "moved": moved,
+        figures: dict[str, Any] = {"restart": int(full), "clip_norm": clip_norm, "noise_std": std, "moved": moved,
                    "noise_multiplier": ask.noise_multiplier, "epsilon": self._epsilon(budget)}
         hub.publish(params, used, round=round_index + 1, **figures)
 

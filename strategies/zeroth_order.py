@@ -85,7 +85,7 @@ class ZerothOrder(BlackBoxRounds):
                 continue
             self.count(answer.node.partition, figures)
             assert answer.task is not None
-            answer.task.note["queries"] = figures.queries
+            answer.task.local_steps = figures.queries    # for the timeline
             weight = int(figures.all["num-examples"])
             self._keep(answer.node.partition, control, weight, round_index)
 

@@ -62,12 +62,18 @@ def _sum_by_chunks(vectors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def ring_bytes(vector: Tensor, count: int) -> int:
-    """Return how many bytes each member sends, and receives, in one all-reduce."""
+def ring_bytes(vector: Tensor, count: int, place: int) -> int:
+    """Return how many bytes a member sends in one all-reduce; the member after it receives as many.
+
+    Args:
+        place: the member's, from 0.
+    """
     if count == 1:
         return 0
-    longest = -(-len(vector) // count)
-    return 2 * (count - 1) * (payload_bytes({ALONE: vector[:longest]}))
+    sizes = [end - start for start, end in chunk_bounds(len(vector), count)]
+    # It passes on every chunk but the next one in the first half, and every one but the one after that in the second.
+    elements = 2 * len(vector) - sizes[(place + 1) % count] - sizes[(place + 2) % count]
+    return 2 * (count - 1) * payload_bytes({ALONE: vector[:0]}) + elements * vector.element_size()
 
 
 def ring_times(began: Sequence[float], sending: Callable[[int], np.ndarray], latency: np.ndarray) -> np.ndarray:

@@ -13,6 +13,9 @@ from fedcore.report.charts import Line, Plot, histogram, line_chart
 from fedcore.report.compression import ERROR, MISMATCH, compression
 from fedcore.report.facts import Client, Facts, busiest_share, facts_of, histogram_bins
 from fedcore.report.gantt import timeline
+from fedcore.report.privacy import FIGURES as PRIVACY_FIGURES
+from fedcore.report.privacy import privacy
+from fedcore.report.queries import DRAWN, queries
 from fedcore.report.scales import (
     BYTES,
     COUNT,
@@ -46,8 +49,9 @@ MOST_EXTRA_CURVES = 12
 EVALUATION_KEYS = {"time_s", "wall_s", "version", "where", "event", "client_updates", "client_steps", "bytes_up",
                    "bytes_down", "num_examples", "num-examples"}
 UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group", ERROR, MISMATCH}
+UPDATE_KEYS |= PRIVACY_FIGURES | DRAWN
 # What only some methods have to show; each returns None for the runs of others.
-EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = (compression,)
+EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = (compression, privacy, queries)
 AXES = (("client_updates", "client updates", COUNT), ("bytes", "bytes, up and down", BYTES))
 
 

@@ -84,7 +84,7 @@ def test_a_round_has_two_exchanges_and_its_time_is_that_of_its_queries(run):
         message_type(DESCEND), message_type(SURROGATE)] * 2
     assert [task["local_steps"] for task in outcome.tasks if task["kind"] == message_type(DESCEND)] == [
         FIRST + 7] * CLIENTS + [7] * CLIENTS
-    assert {task["queries"] for task in outcome.tasks if task["kind"] == message_type(SURROGATE)} == {4}
+    assert {task["local_steps"] for task in outcome.tasks if task["kind"] == message_type(SURROGATE)} == {4}
     reply = run(fzoos(exchanges=1), rounds=2)
     assert {task["kind"] for task in reply.tasks} == {message_type(DESCEND)}
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcore.peers.all_reduce import ring_all_reduce
-from fedcore.peers.ring import LONG_CHUNK, chunk_bounds, ring_bytes, ring_sum
+from fedcore.peers.ring import LONG_CHUNK, chunk_bounds, ring_sum
 from tests.peer_lab import Script, play
 
 NETWORK = {"latency_s": {"name": "exponential", "mean": 0.2},
@@ -87,10 +87,19 @@ def test_a_member_whose_vector_is_not_finite_is_left_out_and_named(tmp_path):
     assert simulation.host.counts["refused"] == 1
 
 
-def test_every_member_is_billed_what_it_sends(tmp_path):
-    async def run(peer):
+@pytest.mark.parametrize("size, count", [(6, 4), (3, 5), (8, 2), (5, 1)])
+def test_every_member_is_billed_what_its_messages_take(size, count, tmp_path):
+    async def worked_out(peer):
         async for _ in peer.steps():
             await peer.all_reduce(peer.params)
 
-    simulation = play(Script(run), tmp_path, 4, stop={"rounds": 2})
-    assert simulation.host.totals["bytes_sent"] == 2 * 4 * ring_bytes(simulation.model.params, 4)
+    async def by_messages(peer):
+        async for _ in peer.steps():
+            await ring_all_reduce(peer, peer.params, "mean", peer.step, 1.0)
+
+    counted = []
+    for name, run in (("a", worked_out), ("b", by_messages)):
+        simulation = play(Script(run), tmp_path / name, count, stop={"rounds": 2}, task={"dimension": size})
+        counted.append([(peer.counters.bytes_sent, peer.counters.bytes_received)
+                        for peer in simulation.peers.values()])
+    assert counted[0] == counted[1] and (counted[0][0][0] > 0) == (count > 1)

@@ -1,0 +1,155 @@
+"""One peer's connection to another: messages in order, acknowledged, sent again after a broken connection."""
+import asyncio
+import logging
+from collections import deque
+from typing import Any
+
+import grpc
+
+from fedcore.errors import LinkRefused, MalformedFrame, TooSlow
+from fedcore.peers.envelope import Envelope
+from fedcore.peers.ticks import exponential
+from fedcore.tasks import printable
+from fedcore.tls import Credentials, node_host
+from fedcore.transport.dial import open_channel, why
+from fedcore.transport.frames import Framed
+from fedcore.transport.peer_messages import frame
+from fedcore.transport.peer_roster import Entry
+from fedcore.transport.streams import Pace, write_body
+from fedcore.transport.wire import INLINE_BYTES, PROTOCOL, pack, unpack
+
+logger = logging.getLogger("fedcore")
+
+SERVICE, TALK = "fedcore.Peers", "Talk"
+WELCOME_S = 10.0
+FIRST_WAIT_S, MOST_WAIT_S = 0.05, 5.0
+# Messages that may wait for a peer that does not take them; beyond that the newest are not delivered.
+MOST_QUEUED = 256
+
+Waiting = tuple[int, Framed, "asyncio.Future[bool]"]
+
+
+class PeerLink:
+    """Sends what one peer has for another. A message counts as delivered once the other end acknowledges it.
+
+    Args:
+        hello: what this peer says of itself.
+        to: the peer that it talks to.
+    """
+
+    def __init__(self, hello: dict[str, Any], to: Entry, credentials: Credentials | None, pace: Pace, seed: int):
+        self._hello, self._to, self._credentials, self._pace, self._seed = hello, to, credentials, pace, seed
+        self._queue: deque[Waiting] = deque()       # not acknowledged, oldest first
+        self._sent = 0                              # of the queue, how many were sent on this connection
+        self._number = 0
+        self._attempts = 0
+        self._wake = asyncio.Event()
+        self.refused: str | None = None
+        self._task = asyncio.get_running_loop().create_task(self._keep_talking())
+
+    def post(self, envelope: Envelope) -> "asyncio.Future[bool]":
+        """Send an envelope; the future becomes True when it has been delivered, False when it never will be."""
+        delivered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if self.refused is not None or len(self._queue) >= MOST_QUEUED:
+            delivered.set_result(False)
+            return delivered
+        self._queue.append((self._number, frame(envelope), delivered))
+        self._number += 1
+        self._wake.set()
+        return delivered
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything was delivered."""
+        return not self._queue
+
+    async def close(self) -> None:
+        """End the connection; what was not delivered is not."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        for _, _, delivered in self._queue:
+            if not delivered.done():
+                delivered.set_result(False)
+        self._queue.clear()
+
+    async def _keep_talking(self) -> None:
+        """Connect, talk, and connect again when that ends, waiting longer each time, with jitter."""
+        while True:
+            try:
+                await self._talk()
+            except LinkRefused as error:
+                self.refused = str(error)
+                logger.error("Peer %s refuses this peer: %s", self._to.name, error)
+                self._give_up()
+                return
+            except (ConnectionError, MalformedFrame, TooSlow) as error:
+                logger.debug("Talking to peer %s: %s", self._to.name, error)
+            longest = min(MOST_WAIT_S, FIRST_WAIT_S * 2**min(self._attempts, 16))
+            self._attempts += 1
+            # Between half of it and all of it, so that peers that lost each other do not all come at once.
+            share = min(1.0, exponential(1.0, self._seed, "back-off", self._to.name, self._attempts))
+            await asyncio.sleep(longest * (0.5 + 0.5 * share))
+
+    async def _talk(self) -> None:
+        host = node_host(self._to.name) if self._credentials is not None else None
+        channel = open_channel(self._to.address, self._credentials, host)
+        call = channel.stream_stream(f"/{SERVICE}/{TALK}")()
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                await call.write(pack(self._hello))
+                answer = unpack(await call.read()).facts
+            if answer.get("kind") == "refused":
+                raise LinkRefused(printable(str(answer.get("reason"))))
+            if answer.get("kind") != "welcome":
+                raise MalformedFrame("it does not speak this protocol")
+            self._attempts = self._sent = 0
+            hearing = asyncio.get_running_loop().create_task(self._hear(call))
+            try:
+                await self._say(call, hearing)
+            finally:
+                hearing.cancel()
+                await asyncio.gather(hearing, return_exceptions=True)
+        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            raise ConnectionError(why(error)) from error
+        finally:
+            call.cancel()
+            await channel.close()
+
+    async def _say(self, call: Any, hearing: "asyncio.Task[None]") -> None:
+        while not hearing.done():
+            while self._sent < len(self._queue):
+                number, framed, _ = self._queue[self._sent]
+                self._sent += 1
+                inline = framed.size <= INLINE_BYTES
+                first = framed if inline else Framed(framed.head, (), 0)
+                await call.write(pack({"n": number, "inline": inline}, first))
+                if not inline:
+                    await write_body(call.write, framed, self._pace, 0, self._credentials is None)
+            self._wake.clear()
+            waking = asyncio.get_running_loop().create_task(self._wake.wait())
+            try:
+                await asyncio.wait({waking, hearing}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waking.cancel()
+        await hearing
+
+    async def _hear(self, call: Any) -> None:
+        """Take acknowledgements, which come in the order of sending."""
+        while True:
+            answer = unpack(await call.read()).facts
+            if answer.get("kind") == "refused":
+                raise LinkRefused(printable(str(answer.get("reason"))))
+            if not self._sent or answer.get("n") != self._queue[0][0]:
+                raise MalformedFrame("it acknowledges what it was not sent")
+            _, _, delivered = self._queue.popleft()
+            self._sent -= 1
+            if not delivered.done():
+                delivered.set_result(True)
+
+
+def hello_of(run: str, rank: int, name: str) -> dict[str, Any]:
+    """Return what a peer says when it connects."""
+    return {"protocol": PROTOCOL, "run": run, "rank": rank, "name": name}

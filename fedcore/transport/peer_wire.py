@@ -1,0 +1,207 @@
+"""Messages between real peers over gRPC: a stream from each to each, mutual TLS, certificates pinned in the roster."""
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc import aio
+from torch import Tensor
+
+from fedcore.errors import BadCertificate, CannotListen, MalformedFrame, PeerLost, StreamCut, TooSlow, shown
+from fedcore.peers.all_reduce import ring_all_reduce
+from fedcore.peers.envelope import Envelope
+from fedcore.peers.peer import Peer
+from fedcore.peers.seams import Reduced
+from fedcore.tasks import printable
+from fedcore.tls import Credentials, identity_of
+from fedcore.tls import server_options as tls_server_options
+from fedcore.transport.frames import Assembler
+from fedcore.transport.peer_link import SERVICE, TALK, WELCOME_S, PeerLink, hello_of
+from fedcore.transport.peer_messages import Arriving
+from fedcore.transport.peer_roster import Roster
+from fedcore.transport.pool import BufferPool
+from fedcore.transport.streams import Pace, read_body
+from fedcore.transport.wire import PROTOCOL, pack, server_options, unpack
+
+logger = logging.getLogger("fedcore")
+
+IDLE_BYTES = 1 << 30
+# A message may be so many times as large as this peer's own model.
+MOST_MODELS = 8
+LEAST_LIMIT = 1 << 24
+
+
+class Refusal(Exception):
+    """Why a caller is turned away."""
+
+
+class PeerWire:
+    """Carries a peer's messages to the others of its roster, and theirs to it.
+
+    Args:
+        rank: this peer's place in the roster.
+        credentials: None talks in clear.
+        deliver: takes what comes; returns why it was not used, if it was not.
+        on_incident: told who did what it should not have.
+        model_bytes: of this peer's model; messages may be several times as large, and no larger.
+    """
+
+    def __init__(
+        self, roster: Roster, rank: int, credentials: Credentials | None, deliver: Callable[[Envelope], str | None],
+        on_incident: Callable[[str, str], None], model_bytes: int, pace: Pace | None = None,
+    ):
+        self._roster, self._rank, self._credentials = roster, rank, credentials
+        self._deliver, self._on_incident = deliver, on_incident
+        self._most_bytes = max(LEAST_LIMIT, MOST_MODELS * model_bytes)
+        self._pace, self._pool = pace or Pace(), BufferPool(IDLE_BYTES)
+        self._links: dict[int, PeerLink] = {}
+        self._server: aio.Server | None = None
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self, listen: str | None = None) -> None:
+        """Listen, and begin to connect to the others.
+
+        Args:
+            listen: HOST:PORT, where that is not the roster's address.
+
+        Raises:
+            CannotListen: the port is in use, or the address is not this machine's.
+        """
+        own = self._roster.peers[self._rank]
+        address = listen or own.address
+        server = aio.server(options=server_options(max(16, 4 * len(self._roster.peers))))
+        handler = grpc.stream_stream_rpc_method_handler(self._talk)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {TALK: handler}),))
+        try:
+            if self._credentials is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, tls_server_options(self._credentials))
+        except RuntimeError as error:
+            raise CannotListen(f"Cannot listen on {address}: the port is in use, or the address is not this machine's. "
+                               "Another peer may still be running.") from error
+        await server.start()
+        self._server = server
+        hello = hello_of(self._roster.run, self._rank, own.name)
+        for rank, entry in enumerate(self._roster.peers):
+            if rank != self._rank:
+                self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank)
+
+    async def drain(self, within_s: float) -> None:
+        """Wait until everything was delivered, or for so many seconds."""
+        until = asyncio.get_running_loop().time() + within_s
+        while any(not link.is_idle for link in self._links.values()) and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        """End all connections."""
+        for link in self._links.values():
+            await link.close()
+        if self._server is not None:
+            await self._server.stop(0.2)
+
+    # ---- as the peer sees it ----------------------------------------------------------------------------------------
+
+    def post(self, to: int, envelope: Envelope) -> "asyncio.Future[bool]":
+        """Send an envelope; the future becomes True when it has been delivered, False when it never will be."""
+        return self._links[to].post(envelope)
+
+    def all_reduce(
+        self, peer: Peer, vector: Tensor, tag: str, round: int, weight: float, began: float
+    ) -> "asyncio.Future[Reduced]":
+        """Begin a ring all-reduce of messages."""
+        return asyncio.get_running_loop().create_task(ring_all_reduce(peer, vector, tag, round, weight))
+
+    def observe(self, peer: Peer, tag: str, round: int) -> "asyncio.Future[Reduced]":
+        """Refuse: a reduction's result is known to its members only.
+
+        Raises:
+            PeerLost: always; what this peer waits for will never come.
+        """
+        raise PeerLost(peer.rank)
+
+    def state_dict(self, rank: int) -> dict[str, Any]:
+        """Return nothing: what was not acknowledged is sent again by whoever starts again."""
+        return {}
+
+    def load_state_dict(self, rank: int, state: Mapping[str, Any]) -> None:
+        """Nothing was remembered."""
+
+    # ---- what others send -------------------------------------------------------------------------------------------
+
+    async def _talk(self, _: Any, context: Any) -> None:
+        """Take another peer's messages for as long as it is connected."""
+        caller = printable(context.peer())
+        try:
+            async with asyncio.timeout(WELCOME_S):
+                rank = self._admit(unpack(await context.read()).facts, context)
+            caller = self._roster.peers[rank].name
+            await context.write(pack({"kind": "welcome"}))
+            while isinstance(message := await context.read(), bytes):
+                number, envelope = await self._receive(message, context)
+                if envelope.source != rank or envelope.run != self._roster.run:
+                    raise MalformedFrame(f"it sent a message of peer {envelope.source} in run {shown(envelope.run)}")
+                self._deliver(envelope)
+                await context.write(pack({"n": number}))
+        except StreamCut:
+            return    # the connection ended; whoever was at the other end comes again
+        except Refusal as error:
+            self._on_incident(caller, str(error))
+            await context.write(pack({"kind": "refused", "reason": str(error)}))
+        except (MalformedFrame, TooSlow, TimeoutError) as error:
+            reason = str(error) or f"it said nothing for {WELCOME_S:g} s"
+            self._on_incident(caller, reason)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+
+    def _admit(self, hello: Mapping[str, Any], context: Any) -> int:
+        """Return the rank of a caller that is who it says.
+
+        Raises:
+            Refusal: it is not, or does not belong to this run.
+        """
+        rank, name = hello.get("rank"), hello.get("name")
+        if hello.get("protocol") != PROTOCOL:
+            raise Refusal(f"you speak version {shown(hello.get('protocol'))} of the protocol, not {PROTOCOL}")
+        if hello.get("run") != self._roster.run:
+            raise Refusal(f"you belong to the run {shown(hello.get('run'))}, and this is {self._roster.run}")
+        if type(rank) is not int or not 0 <= rank < len(self._roster.peers) or rank == self._rank:
+            raise Refusal(f"you say that your rank is {shown(rank)}")
+        entry = self._roster.peers[rank]
+        if name != entry.name:
+            raise Refusal(f"you call yourself {shown(name)}, but peer {rank} is {entry.name}")
+        if self._credentials is not None:
+            certificates = context.auth_context().get("x509_pem_cert", [])
+            try:
+                identity = identity_of(certificates[0] if certificates else b"")
+            except BadCertificate as error:
+                raise Refusal(f"your certificate cannot be used: {error}") from error
+            if identity.role != "node" or identity.name != entry.name or not hmac.compare_digest(
+                    identity.fingerprint, entry.fingerprint):
+                raise Refusal(f"your certificate ({identity}) is not the one that the roster pins for {entry.name}")
+        return rank
+
+    async def _receive(self, message: bytes, context: Any) -> tuple[int, Envelope]:
+        """Return the number of a message, and what it holds, once all of it has come.
+
+        Raises:
+            MalformedFrame: it is too large, or none of ours.
+        """
+        packed = unpack(message)
+        number = packed.facts.get("n")
+        if type(number) is not int:
+            raise MalformedFrame("a message has no number")
+        arriving = Arriving(packed.head)
+        if arriving.size > self._most_bytes:
+            raise MalformedFrame(f"a message of {arriving.size} bytes came, but {self._most_bytes} are allowed")
+        body = self._pool.take(arriving.size)
+        if packed.facts.get("inline"):
+            if len(packed.body) != arriving.size:
+                raise MalformedFrame(f"{len(packed.body)} bytes came where {arriving.size} were announced")
+            body[:] = np.frombuffer(packed.body, np.uint8)
+        else:
+            await read_body(context.read, Assembler(body, checked=self._credentials is None), self._pace)
+        return number, arriving.build(body)

@@ -1,0 +1,209 @@
+"""Real peers over gRPC: the bits of virtual time, and strangers that get nowhere."""
+import asyncio
+import socket
+
+import grpc
+import pytest
+import torch
+
+from fedcore.authority import Authority
+from fedcore.clients.peer_training import PeerTraining
+from fedcore.errors import InvalidSetting, MalformedFrame
+from fedcore.peers.envelope import ENVELOPE_BYTES, Envelope, payload_bytes
+from fedcore.registry import build
+from fedcore.tls import identity_of, load_credentials, node_host
+from fedcore.transport.dial import open_channel
+from fedcore.transport.loop import submit
+from fedcore.transport.peer_link import SERVICE, TALK, hello_of
+from fedcore.transport.peer_messages import Arriving, frame
+from fedcore.transport.peer_roster import Roster
+from fedcore.transport.peer_runner import RealPeer
+from fedcore.transport.wire import pack, unpack
+from tests.fedcore.transport.kit import Pki
+from tests.peer_lab import models, play, prepare, same
+
+PATIENCE_S = 60.0
+
+
+def free_ports(count):
+    holders = [socket.socket() for _ in range(count)]
+    for holder in holders:
+        holder.bind(("127.0.0.1", 0))
+    ports = [holder.getsockname()[1] for holder in holders]
+    for holder in holders:
+        holder.close()
+    return ports
+
+
+def roster_of(count, pki=None, run="test"):
+    rows = []
+    for index, port in enumerate(free_ports(count)):
+        print_ = identity_of(pki.node(index).cert).fingerprint if pki else ""
+        rows.append({"name": f"node-{index}", "address": f"127.0.0.1:{port}", "fingerprint": print_})
+    return Roster.of({"run": run, "peers": rows})
+
+
+def real_peers(strategy, roster, pki, folder, rounds=4, **settings):
+    """Return peers over gRPC that do what `play` does in virtual time, and the rows that they write."""
+    virtual = prepare(strategy, folder, len(roster.peers), stop={"rounds": rounds}, **settings)
+    virtual.recorder.close()
+    rows, peers = [], []
+    for rank in range(len(roster.peers)):
+        work = PeerTraining(virtual.task, virtual.train, 0).peer(rank)
+        credentials = pki.node(rank) if pki else None
+        peers.append(RealPeer(strategy, roster, rank, credentials, virtual.model, work, rounds, 0,
+                              on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures))))
+    return peers, rows
+
+
+async def together(peers):
+    return await asyncio.gather(*[peer.run() for peer in peers])
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["clear", "mutual TLS"])
+@pytest.mark.parametrize("name", ["noloco", "diloco", "co2"])
+def test_real_peers_end_with_the_bits_of_virtual_ones(name, secure, tmp_path):
+    def strategy():
+        return build("strategies", {"name": name, "inner_steps": 3})
+
+    train = {"train": {"dtype": "float32", "optimizer": {"name": "sgd", "momentum": 0.9}}}
+    virtual = play(strategy(), tmp_path / "virtual", 4, **train)
+    pki = Pki(tmp_path / "pki", nodes=4) if secure else None
+    peers, rows = real_peers(strategy(), roster_of(4, pki), pki, tmp_path / "real", **train)
+    found = submit(together(peers)).result(PATIENCE_S)
+    assert same(found, models(virtual)) and found[0].dtype == torch.float32
+    assert not [row for row in rows if row[1] in ("refused", "incident")]
+    # Both engines count the same bytes; real peers say goodbye besides.
+    sent = sum(peer.peer.counters.bytes_sent for peer in peers)
+    assert sent - 4 * 3 * ENVELOPE_BYTES == virtual.host.totals["bytes_sent"]
+
+
+def test_a_model_larger_than_any_message_arrives_in_chunks(tmp_path):
+    large = {"task": {"name": "quadratic", "dimension": 700_000, "examples": 2}, "train": {"batch_size": 2}}
+    strategy = build("strategies", {"name": "noloco", "inner_steps": 1})
+    virtual = play(strategy, tmp_path / "virtual", 2, stop={"rounds": 1}, **large)
+    peers, _ = real_peers(strategy, roster_of(2), None, tmp_path / "real", rounds=1, **large)
+    assert same(submit(together(peers)).result(PATIENCE_S), models(virtual))
+
+
+async def call(roster, credentials, *messages):
+    """Say something to peer 0 and return its answers."""
+    entry, answers = roster.peers[0], []
+    channel = open_channel(entry.address, credentials, node_host(entry.name) if credentials else None)
+    talk = channel.stream_stream(f"/{SERVICE}/{TALK}")()
+    try:
+        for message in messages:
+            await talk.write(message)
+            answers.append(unpack(await talk.read()).facts)
+    except (grpc.RpcError, MalformedFrame, asyncio.InvalidStateError) as error:
+        answers.append(error)
+    finally:
+        talk.cancel()
+        await channel.close()
+    return answers
+
+
+def listening(tmp_path, pki, act):
+    """Run `act` against a peer that listens; returns its answer, the peer and the rows that it wrote."""
+    roster = roster_of(2, pki)
+    peers, rows = real_peers(build("strategies", "noloco"), roster, pki, tmp_path / "run")
+
+    async def run():
+        await peers[0].wire.start()
+        try:
+            return await act(roster)
+        finally:
+            await peers[0].wire.close()
+
+    return submit(run()).result(PATIENCE_S), peers[0], rows
+
+
+@pytest.fixture
+def pki(tmp_path):
+    return Pki(tmp_path / "pki")
+
+
+def incidents(rows):
+    return [figures["reason"] for _, event, figures in rows if event == "incident"]
+
+
+def test_a_certificate_that_the_roster_does_not_pin_is_refused_and_named(pki, tmp_path):
+    answers, _, rows = listening(tmp_path, pki, lambda roster: call(
+        roster, pki.node(2), pack(hello_of("test", 1, "node-1"))))
+    assert answers[0]["kind"] == "refused" and "node-2" in answers[0]["reason"]
+    assert "not the one that the roster pins for node-1" in incidents(rows)[0]
+
+
+def test_another_certificate_of_the_right_name_is_refused(pki, tmp_path):
+    roster_print = identity_of(pki.node(1).cert).fingerprint
+    Authority(tmp_path / "pki" / "ca").issue_node("node-1", tmp_path / "again", renew=True)
+    again = load_credentials(tmp_path / "again", "node")
+    assert identity_of(again.cert).fingerprint != roster_print
+    answers, _, rows = listening(tmp_path, pki, lambda roster: call(roster, again, pack(hello_of("test", 1, "node-1"))))
+    assert answers[0]["kind"] == "refused" and len(incidents(rows)) == 1
+
+
+def test_a_stranger_without_a_certificate_is_not_even_heard(pki, tmp_path):
+    answers, _, rows = listening(tmp_path, pki, lambda roster: call(roster, None, pack(hello_of("test", 1, "node-1"))))
+    assert isinstance(answers[0], Exception) and not rows
+
+
+@pytest.mark.parametrize("hello, reason", [
+    (hello_of("another", 1, "node-1"), "belong to the run 'another'"), (hello_of("test", 7, "node-1"), "rank is 7"),
+    (hello_of("test", 0, "node-0"), "rank is 0"), (hello_of("test", 1, "node-2"), "call yourself 'node-2'"),
+    ({**hello_of("test", 1, "node-1"), "protocol": 99}, "version 99"),
+])
+def test_who_does_not_belong_to_the_run_is_refused_and_told_why(hello, reason, tmp_path):
+    answers, _, rows = listening(tmp_path, None, lambda roster: call(roster, None, pack(hello)))
+    assert answers[0]["kind"] == "refused" and reason in answers[0]["reason"] and reason in incidents(rows)[0]
+
+
+def envelope(**changes):
+    data = {"slow": torch.ones(6, dtype=torch.float64)}
+    fields = {"run": "test", "epoch": 0, "kind": "exchange", "tag": "exchange", "round": 0, "source": 1, "data": data,
+              "meta": {}, "num_bytes": payload_bytes(data)}
+    return Envelope(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("message", [
+    pack({"n": 0, "inline": True}, frame(envelope(source=0))), pack({"n": 0, "inline": True}, frame(envelope(run="x"))),
+    pack({"n": 0, "inline": True}, frame(envelope()))[:-8], pack({"inline": True}, frame(envelope())), b"garbage",
+    pack({"n": 0, "inline": True}),
+], ids=["another's name", "another run", "cut short", "no number", "garbage", "no head"])
+def test_a_corrupted_stream_ends_and_nothing_of_it_is_used(message, tmp_path):
+    answers, peer, rows = listening(tmp_path, None, lambda roster: call(
+        roster, None, pack(hello_of("test", 1, "node-1")), message))
+    assert answers[0]["kind"] == "welcome" and isinstance(answers[1], Exception)
+    assert len(incidents(rows)) == 1 and not peer.peer.mailbox._early
+
+
+def test_values_that_are_not_finite_are_refused_with_their_senders_rank(tmp_path):
+    bad = envelope(data={"slow": torch.full((6,), float("nan"), dtype=torch.float64)})
+    answers, peer, rows = listening(tmp_path, None, lambda roster: call(
+        roster, None, pack(hello_of("test", 1, "node-1")), pack({"n": 0, "inline": True}, frame(bad))))
+    assert answers[1] == {"n": 0}    # it has arrived, and is not used
+    assert [row for row in rows if row[1] == "refused"][0][2]["refused_from"] == 1 and not peer.peer.mailbox._early
+
+
+def test_an_envelope_survives_its_frame():
+    data = {"a": torch.randn(3, 2), "b": torch.arange(5), "c": torch.zeros(0, dtype=torch.float64)}
+    sent = envelope(data=data, meta={"weights": {"1": 2.0}}, num_bytes=payload_bytes(data))
+    framed = frame(sent)
+    arriving = Arriving(framed.head)
+    came = arriving.build(torch.frombuffer(bytearray(framed.joined()), dtype=torch.uint8).numpy())
+    assert arriving.size == framed.size and came.meta == sent.meta and came.num_bytes == sent.num_bytes
+    assert all(torch.equal(came.data[name], tensor) and came.data[name].dtype == tensor.dtype
+               for name, tensor in data.items())
+
+
+@pytest.mark.parametrize("roster, name", [
+    ({}, "run"), ({"run": "r"}, "peers"), ({"run": "r", "peers": [{"name": "a"}]}, "peers[0]"),
+    ({"run": "r", "peers": [{"name": "A!", "address": "h:1"}]}, "peers[0].name"),
+    ({"run": "r", "peers": [{"name": "a", "address": "h"}]}, "peers[0].address"),
+    ({"run": "r", "peers": [{"name": "a", "address": "h:1"}, {"name": "a", "address": "h:2"}]}, "peers.name"),
+])
+def test_a_wrong_roster_is_refused_by_the_name_of_what_is_wrong(roster, name):
+    with pytest.raises(InvalidSetting) as caught:
+        Roster.of(roster)
+    assert caught.value.name == name
+
