@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from threadpoolctl import ThreadpoolController
 
 from fedcore.arrays import LazyArray
@@ -19,8 +19,8 @@ from fedcore.clients.modules import flat_module
 from fedcore.clients.requests import Request, site_of
 from fedcore.clients.searching import METHODS
 from fedcore.clients.settings import TrainSettings
-from fedcore.errors import MalformedRequest
-from fedcore.flower import record_of
+from fedcore.errors import BlackBoxFailed, MalformedRequest
+from fedcore.flower import record_of, reply_to
 from fedcore.payload import (
     ARRAYS,
     INFO,
@@ -34,6 +34,7 @@ from fedcore.payload import (
 )
 from fedcore.strategies.black_box import ACTIONS, EXTRA, extra_record
 
+RAISED = 2    # Flower's code of an app that raised an exception
 ANSWER, LAST = "fedcore.blackbox.answer", "fedcore.blackbox.last"
 
 
@@ -55,7 +56,7 @@ class BlackBoxClient:
 
         Raises:
             MalformedRequest: it has no meaning to this client.
-            BlackBoxFailed: the function gives no usable values.
+            InvalidSetting, SingularKernel: the method cannot be used on this function.
         """
         started = time.perf_counter()
         asked = Asked(message, context, action, self.task, self.layout)
@@ -68,9 +69,14 @@ class BlackBoxClient:
         if self._threads is None:
             self._threads = ThreadpoolController()
         # The bits of a matrix product depend on the number of threads.
-        with self._threads.limit(limits=1):
-            outcome = method(asked)
         counts = asked.oracle.counts
+        try:
+            with self._threads.limit(limits=1):
+                outcome = method(asked)
+        except BlackBoxFailed as error:
+            # An error that is sent, not raised: what was asked until now stays counted.
+            write_counts(context, counts)
+            return reply_to(message, Error(RAISED, f"{type(error).__name__}: {error}"))
         write_counts(context, counts)
         figures: dict[str, Any] = {
             "num-examples": 1, "work-steps": asked.oracle.queries, "train-seconds": time.perf_counter() - started,

@@ -112,7 +112,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     reasons = {"target": "the target is reached", "seconds": "the time is over", "rounds": "all rounds are done",
                "client_updates": "all client updates are done", "interrupted": "it was interrupted",
                "finished": "the app has finished", "budget": "the privacy budget is spent",
-               "diverged": "the steps were too long"}
+               "diverged": "the steps were too long", "queries": "a client has no queries left"}
     reason = str(summary.get("stop_reason"))
     rows = [
         ("stopped because", reasons.get(reason, reason)),

@@ -20,7 +20,8 @@ COUNTED = {"time_s", "wall_s", "versions", "client_updates", "client_steps", "by
            "final_accuracy", "best_accuracy", "time_to_target_s", "num_params", "failures", "refused", "lost", "late",
            "evaluations", "seed", "peak_rss_mb", "rounds"}
 STOPPED = {"target": "The run stopped there.", "interrupted": "It was interrupted.",
-           "error": "It ended with an error; the figures are those up to then."}
+           "error": "It ended with an error; the figures are those up to then.",
+           "queries": "It stopped when a client had no queries left."}
 SUMMARY_WORDS = {"epsilon": "privacy spent (ε)", "delta": "privacy (δ)", "queries": "function queries",
                  "gradients": "gradients", "exchanges": "exchanges", "consensus_distance": "consensus distance",
                  "excess_loss": "excess loss"}

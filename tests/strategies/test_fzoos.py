@@ -6,9 +6,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedcore.clients.blackbox import OwnBlackBox
 from fedcore.clients.blackbox_client import BlackBoxApp, BlackBoxClient
+from fedcore.clients.blackbox_request import read_counts
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.tasks.blackbox_quadratics import BlackBoxQuadratics
-from fedcore.errors import BlackBoxFailed, InvalidSetting, MalformedRequest
+from fedcore.errors import InvalidSetting, MalformedRequest
 from fedcore.payload import ARRAYS, CONFIG, METRICS, VectorRecord
 from fedcore.registry import build
 from fedcore.strategies.black_box import DESCEND, EXTRA, SURROGATE, VALUES, extra_record, message_type, settings_entry
@@ -237,7 +238,7 @@ def new_node(task):
     return task.client_app(DOUBLE), context, Model.of(task.model().double())
 
 
-def ask(node, action, weights=None, search=None, **changed):
+def ask(node, action, weights=None, search=None, whole=False, **changed):
     config = {"seed": 0, "round": 0, "version": 0, "method": "Search",
               "settings": settings_entry(search or Search(**SMALL)), "lengthscale": 1.0, "proposal": "",
               "corrections": [1.0, 1.0, 1.0], "weights_round": -1,
@@ -245,7 +246,8 @@ def ask(node, action, weights=None, search=None, **changed):
     content = RecordDict({ARRAYS: VectorRecord(node[2]), CONFIG: ConfigRecord(config)})
     if weights is not None:
         content[EXTRA] = extra_record(torch.from_numpy(np.asarray(weights, dtype=float)))
-    return node[0](Message(content, 1000, message_type(action)), node[1]).content
+    reply = node[0](Message(content, 1000, message_type(action)), node[1])
+    return reply if whole else reply.content
 
 
 def test_a_surrogate_that_is_asked_for_twice_is_the_same_bytes(node):
@@ -275,10 +277,11 @@ def test_what_makes_weights_meaningless_is_refused_by_name(node, change):
 def test_a_black_box_without_any_answer_is_an_error():
     task = OwnBlackBox(type("Silent", (Flat,), {"evaluate": lambda self, point: float("nan")})(), 1)
     node = new_node(task)
-    with pytest.raises(BlackBoxFailed, match="no usable value"):
-        ask(node, DESCEND, search=Search(**{**SMALL, "initial_queries": 12}))
-    with pytest.raises(BlackBoxFailed, match="nothing to begin with"):
-        ask(node, DESCEND)
+    first = ask(node, DESCEND, whole=True)
+    assert "BlackBoxFailed" in first.error.reason and "nothing to begin with" in first.error.reason
+    # Ten in a row, over both requests; what was asked is counted all the same.
+    assert "10 times in a row" in ask(node, DESCEND, whole=True).error.reason
+    assert read_counts(node[1]).queries == 10
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
