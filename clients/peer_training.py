@@ -86,9 +86,16 @@ class LocalTraining:
             raise EmptyClient(site, "train on")
         self._data: Dataset = Placed(data, shared.settings.torch_dtype, shared.flat.device)
         self.num_examples = len(data)
+        self._site = site
         self._draws = self._steps = 0
         self._made: LocalOptimizer | None = None
         self._restored: Mapping[str, Any] | None = None
+
+    @property
+    def curvature(self) -> tuple[float, float] | None:
+        """Strong convexity and smoothness of this peer's objective, where the task knows them."""
+        known = getattr(self._shared.task, "curvature", None)
+        return None if known is None else known(self._site)
 
     @property
     def _optimizer(self) -> LocalOptimizer:

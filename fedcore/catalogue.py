@@ -38,6 +38,11 @@ STRATEGIES = {
     "ef21_sgdm": Entry(f"{_FEEDBACK}:Ef21Sgdm", "rounds", "Fatkhullin et al., 2023, arXiv:2305.15155"),
     "ef14": Entry(f"{_FEEDBACK}:Ef14", "rounds", "Stich et al., 2018, arXiv:1809.07599"),
     "compressed_sgd": Entry(f"{_FEEDBACK}:CompressedSgd", "rounds", "Alistarh et al., 2017, arXiv:1610.02132"),
+    "dadao": Entry("fedcore.strategies.dadao:Dadao", "peers", "Nabli and Oyallon, 2023, arXiv:2208.00779"),
+    "a2cid2": Entry("fedcore.strategies.a2cid2:A2Cid2", "peers", "Nabli et al., 2023, arXiv:2306.08289"),
+    "gossip_sgd": Entry("fedcore.strategies.gossip_sgd:GossipSgd", "peers", "Lian et al., 2017, arXiv:1705.09056"),
+    "gradient_tracking": Entry(
+        "fedcore.strategies.gradient_tracking:GradientTracking", "peers", "Nedic et al., 2017, arXiv:1607.03218"),
     "distributed_sgd": Entry(f"{_FEEDBACK}:DistributedSgd", "rounds", "Chen et al., 2016, arXiv:1604.00981"),
     "diff2": Entry("fedcore.strategies.diff2:Diff2", "rounds", "Murata and Suzuki, 2023, arXiv:2302.03884"),
     "dp_gd": Entry(f"{_PRIVATE}:DpGd", "rounds", "Abadi et al., 2016, arXiv:1607.00133"),

@@ -18,7 +18,8 @@ def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[Bad
     """
     found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
     found += [*_taking_part(experiment, strategy), *_compressing(experiment, strategy)]
-    return [*found, *_only_evaluating(experiment, task, strategy), *_keeping_private(experiment, strategy)]
+    found += [*_only_evaluating(experiment, task, strategy), *_keeping_private(experiment, strategy)]
+    return [*found, *_suiting(task, strategy)]
 
 
 def _training(experiment: Experiment) -> list[BadInput]:
@@ -82,7 +83,9 @@ def _taking_part(experiment: Experiment, strategy: Any) -> list[BadInput]:
     try:
         getattr(strategy, "check_clients", lambda _: None)(count)
     except InvalidSetting as error:
-        found.append(error.under("strategy"))
+        found.append(error if error.name.startswith("clients.") else error.under("strategy"))
+    except BadInput as error:
+        found.append(error)
     given = experiment.strategy if isinstance(experiment.strategy, dict) else {}
     for name in ("min_available_nodes", "min_train_nodes"):
         needed = getattr(strategy, name, None)
@@ -114,6 +117,17 @@ def _only_evaluating(experiment: Experiment, task: Any, strategy: Any) -> list[B
     return [InvalidSetting(
         "task", experiment.task_name, "blackbox, blackbox_quadratics, blackbox_metric or blackbox_attack",
         f"{experiment.strategy_name} trains no model: it searches a function that can only be evaluated.")]
+
+
+def _suiting(task: Any, strategy: Any) -> list[BadInput]:
+    """Ask strategies that do not suit every task."""
+    if task is None or strategy is None:
+        return []
+    try:
+        getattr(strategy, "check_task", lambda _: None)(task)
+    except InvalidSetting as error:
+        return [error.under("strategy")]
+    return []
 
 
 def _is_black_box(task: Any) -> bool:

@@ -177,6 +177,10 @@ class EmptyRound(FedcoreError):
     """A round in which no client carries weight."""
 
 
+class Diverged(FedcoreError):
+    """A run whose values became infinite, or not a number."""
+
+
 class NothingCanHappen(FedcoreError):
     """Everybody waits and nothing is under way: without this error the run would hang forever."""
 

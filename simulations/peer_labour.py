@@ -26,6 +26,12 @@ class VirtualLabour:
         self._availability, self._failures = availability, failures
         self._pieces = 0
 
+    @property
+    def curvature(self) -> tuple[float, float] | None:
+        """Strong convexity and smoothness of the peer's objective, where the task knows them."""
+        found: tuple[float, float] | None = getattr(self._work, "curvature", None)
+        return found
+
     async def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained:
         """Make optimizer steps."""
         trained = self._work.train(params, buffers, steps)

@@ -91,6 +91,11 @@ class Quadratic:
         excess = 0.5 * float(self._everybody[1].mean(axis=0) @ distance**2)
         return {"loss": total / len(data), "excess_loss": excess}
 
+    def curvature(self, site: Site) -> tuple[float, float]:
+        """Return the smallest and the largest curvature of a client's objective."""
+        curvatures = self._client(site)[1]
+        return float(curvatures.min()), float(curvatures.max())
+
     @cached_property
     def optimum(self) -> np.ndarray:
         """The minimiser of the global objective, shape (dimension,): the mean of the c_i, weighted by curvature."""
@@ -199,6 +204,11 @@ class Logistic:
         weights = next(model.parameters()).detach().double().cpu().numpy()
         excess = self.objective(weights) - self.optimum.value
         return {"loss": loss / len(data), "accuracy": correct / len(data), "excess_loss": excess}
+
+    def curvature(self, site: Site) -> tuple[float, float]:
+        """Return the strong convexity of a client's objective, which is `l2`, and a bound on its smoothness."""
+        features = self._client(site)[0]
+        return self.l2, float(np.linalg.norm(features, 2) ** 2) / (4 * len(features)) + self.l2
 
     def objective(self, weights: np.ndarray) -> float:
         """Return the global objective at weights of shape (dimension,)."""

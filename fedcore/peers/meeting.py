@@ -248,9 +248,6 @@ class Meeting:
         """Wait until everything is settled; partners that have not confirmed are reminded."""
         patience = FIRST_PATIENCE
         while self.is_open:
-            for partner in sorted(self._commits):
-                for number, at in sorted(self._commits[partner].items()):
-                    self._post(partner, "commit", number, at=at)
             loop = asyncio.get_running_loop()
             idle: asyncio.Future[None] = loop.create_future()
             self._idle.append(idle)
@@ -258,6 +255,9 @@ class Meeting:
             await idle
             timer.cancel()
             patience = min(2 * patience, MOST_PATIENCE)
+            for partner in sorted(self._commits):
+                for number, at in sorted(self._commits[partner].items()):
+                    self._post(partner, "commit", number, at=at)
 
     def _wake_idle(self) -> None:
         if self._idle and not self.is_open:

@@ -125,13 +125,13 @@ class Peer:
             "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
             "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
             "members": list(self.members), "epoch": self.epoch, "pending": pending, "at": self.now,
-            "counters": self.counters.as_dict(),
+            "counters": self.counters.as_dict(), "loss": self.loss,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; reductions under way begin again, with their inputs."""
         self._restored, self.params, self.buffers = saved["state"], saved["params"], saved["buffers"]
-        self.step, self.clocks = saved["step"], dict(saved["clocks"])
+        self.step, self.clocks, self.loss = saved["step"], dict(saved["clocks"]), saved["loss"]
         self.members, self.epoch = tuple(saved["members"]), saved["epoch"]
         self.labour.load_state_dict(saved["labour"])
         self.wire.load_state_dict(self.rank, saved["wire"])

@@ -1,7 +1,7 @@
 """The base of algorithms that run on every node and talk to each other."""
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
@@ -25,7 +25,7 @@ class PeerStrategy(OwnStrategy):
             leave early and pull the consensus towards the data of the slow ones.
     """
 
-    by_time: ClassVar[bool] = False
+    by_time: bool = False
     no_compression = "Peers exchange with each other, and no server asks them for updates."
 
     @abstractmethod

@@ -56,6 +56,12 @@ class ThreadLabour:
         self._work = work
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedcore-peer")
 
+    @property
+    def curvature(self) -> tuple[float, float] | None:
+        """Strong convexity and smoothness of the peer's objective, where the task knows them."""
+        found: tuple[float, float] | None = getattr(self._work, "curvature", None)
+        return found
+
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
