@@ -25,7 +25,7 @@ from fedcore.transport.workbench import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Workb
 logger = logging.getLogger("fedcore")
 
 # A connection that held so long was a good one: the next attempt need not wait.
-GOOD_S = 10.0
+GOOD_S = 1.0
 # For gRPC to send the last message before the connection goes.
 GOODBYE_S = 0.05
 
