@@ -123,13 +123,14 @@ class PeakRss:
 def memory(strategy: str, num_clients: int, num_bytes: int, updates: int, max_uploads: int) -> Figures:
     """Return the server's peak memory beyond what it holds without a model, in models."""
     grid = GrpcGrid(settings=LinkSettings(max_uploads=max_uploads))
+    chosen = build("strategies", strategy, "strategy")    # what it imports is no model
     with clients(grid, num_clients, None):
         before = psutil.Process().memory_info().rss
         watch = PeakRss()
         # The strategy must not be handed a model that this function goes on holding.
         run = Session(Hub(grid, Model(vector(num_bytes // 4, 0.0).model.params, {}, layout_of(num_bytes // 4)),
                           RunOptions(expected=num_clients, stop=StopRule(client_updates=updates))),
-                      build("strategies", strategy, "strategy"))
+                      chosen)
         run.strategy.drive(run)
         seen = {"strategy": str(strategy), "clients": num_clients, "models": (watch.stop() - before) / num_bytes,
                 "max_uploads": max_uploads, "versions": run.hub.version}

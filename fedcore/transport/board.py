@@ -15,7 +15,7 @@ from flwr.app import Error, RecordDict
 from fedcore.clock import Event
 from fedcore.errors import FedcoreError, MalformedFrame, shown
 from fedcore.flower import reply_to, with_id
-from fedcore.tasks import NODE_GONE
+from fedcore.tasks import NODE_GONE, printable
 from fedcore.tls import Identity
 from fedcore.transport.credits import Credits
 from fedcore.transport.history import History, TaskId
@@ -93,7 +93,7 @@ class Board:
             member.leaving = None
         member.config, member.introduction, member.identity = config, introduction, identity
         member.session, member.instance = secrets.token_hex(16), text_of(hello, "instance")
-        member.version = text_of(hello, "version")
+        member.version = printable(text_of(hello, "version"))
         member.since = member.heard_at = self.now()
         member.outbox = asyncio.Queue(member.outbox.maxsize)
         if joins:

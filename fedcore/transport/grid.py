@@ -318,7 +318,8 @@ class GrpcGrid(Grid):
             name = event.message.metadata.reply_to_message_id
             self._inbox[name] = event.message
             self._awaited.pop(name, None)
-            self._note_times(name)
+            if self._heard:    # whoever pulls does not ask for the times
+                self._note_times(name)
             self._server.call(self._server.taken, [name])
         elif self._heard:
             self._news.append(event)

@@ -27,6 +27,7 @@ logger = logging.getLogger("fedcore")
 
 HELLO_S = 10.0     # within which a caller must say who it is
 PING_S = 3.0       # within which a client that is said to be alive must show it
+MAX_INTRODUCTION_BYTES = 1 << 20
 OUT_OF_TURN = "a call came that belongs to no connected client"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 Refuse = Callable[[Identity], str | None]
@@ -130,7 +131,7 @@ class LinkService:
         member.address = printable(context.peer())
         session, outbox = member.session, member.outbox
         talking = asyncio.create_task(self._talk(member, outbox, context))
-        listening = asyncio.create_task(self._listen(member, context))
+        listening = asyncio.create_task(self._listen(member, session, context))
         try:
             await asyncio.wait({talking, listening}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -153,6 +154,8 @@ class LinkService:
 
     async def _let_in(self, name: str, identity: Identity | None, hello: Envelope) -> Member:
         holds = read_ids(hello.facts.get("holds"))
+        if len(hello.head) + len(hello.body) > MAX_INTRODUCTION_BYTES:
+            raise Refusal(f"what it says of itself takes more than {MAX_INTRODUCTION_BYTES} bytes", retry=False)
         introduction = hello.content()[1] if hello.head else None
         if introduction is not None and not isinstance(introduction, RecordDict):
             raise MalformedFrame("a client introduces itself with an error")
@@ -188,13 +191,14 @@ class LinkService:
         while (message := await outbox.get()) is not None:
             await context.write(message)
 
-    async def _listen(self, member: Member, context: Context) -> None:
+    async def _listen(self, member: Member, session: str | None, context: Context) -> None:
         try:
             async with asyncio.timeout(self.settings.silence_s) as limit:
                 while isinstance(message := await context.read(), bytes):
                     limit.reschedule(asyncio.get_running_loop().time() + self.settings.silence_s)
                     member.heard_at = self.board.now()
-                    if not self._hear(member, unpack(message)):
+                    # One that has been replaced by a newer connection is not heard any more.
+                    if member.session != session or not self._hear(member, unpack(message)):
                         return
         except TimeoutError:
             logger.warning("Nothing was heard of client %s for %g s.", member.name, self.settings.silence_s)

@@ -136,6 +136,16 @@ def test_a_caller_that_introduces_itself_absurdly_is_refused_with_a_reason(watch
     assert watched.grid.get_node_ids() == [watched.node] and watched.goes_on()
 
 
+def test_a_caller_with_megabytes_to_say_of_itself_is_refused(watched):
+    async def scene(channel: aio.Channel) -> Envelope:
+        call = channel.stream_stream(method("Control"))()
+        body = memoryview(bytes(2 << 20))
+        await call.write(pack(HELLO, Framed(b'{"records": []}', (body,), len(body))))
+        return unpack(await call.read())
+
+    assert "bytes" in watched.mallory.run(scene).facts["reason"] and watched.goes_on()
+
+
 def answer_to_work(watched: Watched, answer: Any) -> Any:
     """Let Mallory in, give it a task, and let it answer; returns the task's reply."""
     done = threading.Event()
