@@ -280,12 +280,14 @@ def export_app(
 from fedcore.cli_certs import app as certs_app  # noqa: E402 (they need what is above)
 from fedcore.cli_deploy import add_commands as add_deploy_commands  # noqa: E402
 from fedcore.cli_doctor import add_commands as add_doctor  # noqa: E402
+from fedcore.cli_peer import add_commands as add_peer_commands  # noqa: E402
 from fedcore.cli_privacy import add_commands as add_privacy_commands  # noqa: E402
 
 app.add_typer(certs_app)
 add_doctor(app)
 add_deploy_commands(app)
 add_privacy_commands(app)
+add_peer_commands(app)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What the commands do, after the command line has been read."""
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.syntax import Syntax
 
 from fedcore.cli import DONE, FOLDER, INTERRUPTED, TARGET_MISSED
 from fedcore.config import Experiment, load_experiment
-from fedcore.errors import BadInput, InvalidSetting
+from fedcore.errors import BadInput, InvalidSetting, StoppedEarly
 from fedcore.progress import Figures, Progress
 from fedcore.recorder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE
 from fedcore.report import comparison_rows, write_comparison, write_report
@@ -45,22 +46,34 @@ def run_experiment(
         show_warnings(experiment)
     console.print(f"{experiment.strategy_name} on {experiment.task_name}, {experiment.clients.count} clients, "
                   f"seed {experiment.seed}: {folder}", markup=False, soft_wrap=True)
+    with ending_well(console, folder, "fedcore simulate"), Progress.of(console, experiment) as progress:
+        run = simulate(None if resume else experiment, out=None if resume else folder, workers=workers,
+                       resume=resume, on_row=progress.on_row, overrides=overrides if resume else ())
+    return conclude(console, run)
+
+
+@contextmanager
+def ending_well(console: Console, folder: Path, command: str) -> Iterator[None]:
+    """Say, however a run ends, what is left of it and how to go on.
+
+    Args:
+        command: that continues it.
+    """
     try:
-        with Progress.of(console, experiment) as progress:
-            run = simulate(None if resume else experiment, out=None if resume else folder, workers=workers,
-                           resume=resume, on_row=progress.on_row, overrides=overrides if resume else ())
+        yield
     except BadInput:
         remove_if_empty(folder)
         raise
+    except StoppedEarly:
+        raise
     except KeyboardInterrupt:
-        console.print(f"Stopped at once. Continue from its last checkpoint: fedcore simulate --resume {folder}",
+        console.print(f"Stopped at once. Continue from its last checkpoint: {command} --resume {folder}",
                       markup=False, soft_wrap=True)
-        return INTERRUPTED
+        raise
     except Exception:
         if (folder / CONFIG_FILE).is_file():
             console.print(f"What was done until then: {write_report(folder)}", markup=False, soft_wrap=True)
         raise
-    return conclude(console, run)
 
 
 def of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedcore.cli import DONE, FOLDER, INTERRUPTED
-from fedcore.commands import conclude, of_folder, remove_if_empty, show_warnings
+from fedcore.commands import conclude, ending_well, of_folder, show_warnings
 from fedcore.config import Experiment, load_experiment
 from fedcore.deploy import Address, Deployment, ServerLink, ask_status, open_tls, read_node_config
 from fedcore.errors import BadInput, LinkRefused, StoppedEarly
 from fedcore.launch import new_folder, one_torch_thread, quiet_flower
 from fedcore.progress import Progress
-from fedcore.recorder import CONFIG_FILE, Listener
-from fedcore.report import write_report
+from fedcore.recorder import Listener
 from fedcore.report.scales import seconds
 from fedcore.runs import Run
 from fedcore.tasks import printable
@@ -75,21 +74,11 @@ def run_server(
         show_warnings(experiment)
     meta[FOLDER] = folder
     try:
-        run, stopped_with = _serve(console, experiment, folder, link, settings.dashboard, resume is not None)
+        with ending_well(console, folder, "fedcore server"):
+            run, stopped_with = _serve(console, experiment, folder, link, settings.dashboard, resume is not None)
     except StoppedEarly as error:
         console.print(str(error), markup=False, soft_wrap=True)
         return INTERRUPTED
-    except BadInput:
-        remove_if_empty(folder)
-        raise
-    except KeyboardInterrupt:
-        console.print(f"Stopped at once. Continue from its last checkpoint: fedcore server --resume {folder}",
-                      markup=False, soft_wrap=True)
-        return INTERRUPTED
-    except Exception:
-        if (folder / CONFIG_FILE).is_file():
-            console.print(f"What was done until then: {write_report(folder)}", markup=False, soft_wrap=True)
-        raise
     status = conclude(console, run)
     # Whoever manages services asks for an end with SIGTERM, and takes anything but 0 for a failure.
     return DONE if status == INTERRUPTED and stopped_with == signal.SIGTERM else status

@@ -58,7 +58,7 @@ class Contribution:
 
 def fingerprint(vector: Tensor) -> int:
     """Return a short number that two vectors of different bits hardly ever share (CRC-32)."""
-    return zlib.crc32(memoryview(vector.contiguous().numpy()))
+    return zlib.crc32(vector.contiguous().numpy().data)
 
 
 def contribution_arrays(payload: Tensor | None, start: Tensor | None) -> ArrayRecord:

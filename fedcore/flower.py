@@ -57,7 +57,8 @@ def reply_to(message: Message, outcome: RecordDict | Error) -> Message:
     metadata.__dict__.update(
         asked, _message_id="", _src_node_id=asked["_dst_node_id"], _dst_node_id=asked["_src_node_id"],
         _src_task_id=asked["_dst_task_id"], _dst_task_id=asked["_src_task_id"],
-        _reply_to_message_id=asked["_message_id"], _created_at=now, _ttl=asked["_created_at"] + asked["_ttl"] - now,
+        _reply_to_message_id=asked["_message_id"], _delivered_at="", _created_at=now,
+        _ttl=asked["_created_at"] + asked["_ttl"] - now,
     )
     reply = Message.__new__(Message)
     content, error = (None, outcome) if isinstance(outcome, Error) else (outcome, None)

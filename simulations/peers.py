@@ -233,6 +233,11 @@ class PeerSimulation:
                          "seconds_per_step": self.devices.seconds_per_step(rank)})
         write_atomically(self.folder / CLIENTS_FILE, json.dumps(plain(rows)))
 
+    def _waiting_share(self) -> float | None:
+        """Return which share of all peers' time they spent waiting for each other."""
+        spent = self.host.time_s * len(self.peers)
+        return self.host.totals.get("waiting_s", 0.0) / spent if spent else None
+
     def _write_summary(self, wall_s: float) -> None:
         host, settings, scores = self.host, self.settings, self.host.scores
         latest = dict(scores.latest)
@@ -248,7 +253,7 @@ class PeerSimulation:
             "target": dict(settings.stop.target or {}) or None, "num_params": self.model.layout.num_params,
             **host.counts, "silent": totals.get("silent", 0),
             "asymmetric_exchanges": totals.get("asymmetric_exchanges", 0),
-            "failed_meetings": totals.get("failed_meetings", 0),
+            "failed_meetings": totals.get("failed_meetings", 0), "waiting_share": self._waiting_share(),
             "peak_rss_mb": round(peak_rss_mb(), 1), **latest, "consensus_distance": host.distance,
             **self.strategy.summary_figures(),
         }), indent=2) + "\n")

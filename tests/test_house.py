@@ -25,7 +25,7 @@ BELOW = {
 }
 # What a user types stands on everything; it imports when it is used.
 ROOF = ("__init__.py", "cli.py", "commands.py", "launch.py", "superlink.py", "deploy.py",
-        "deploy_commands.py", "budget_table.py")
+        "deploy_commands.py", "budget_table.py", "peer_commands.py")
 FLOWERS_PRIVATE = ("flwr.supercore", "flwr.proto", "flwr.common", "flwr.server.", "flwr.simulation", "flwr.superlink")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [(package, path) for package, folder in FOLDERS.items() for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -19,6 +19,7 @@ import fedcore
 TOP = {"name": "top_k", "fraction": 0.01}
 TUNING_SEED, REPORT_SEEDS = 100, (0, 1, 2)
 ROUNDS = 500
+MODEL = {"name": "cnn", "width": 16}    # 28,938 parameters
 RATES = (0.1, 0.2, 0.4)
 # Method -> its fixed settings, its grid, and what was best on the tuning seed.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, ...]], dict[str, float]]] = {
@@ -36,7 +37,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, tuple[float, ...]], dict[str,
 def run(strategy: dict[str, Any], seed: int, data: Path, folder: Path) -> tuple[float, int]:
     """Run a method once, and return its final accuracy and its bytes up."""
     summary = fedcore.simulate({
-        "task": {"name": "mnist", "path": str(data), "model": "cnn"}, "strategy": strategy, "seed": seed,
+        "task": {"name": "mnist", "path": str(data), "model": MODEL}, "strategy": strategy, "seed": seed,
         "clients": {"count": 10, "partition": {"name": "classes", "classes_per_client": 2}},
         "train": {"batch_size": 32}, "stop": {"rounds": ROUNDS}, "evaluate": {"where": "server", "every": 100},
         "checkpoint": {"every_s": 1e9},

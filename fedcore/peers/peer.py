@@ -343,6 +343,14 @@ class Peer:
         for meeting in self._meetings.values():
             meeting.lose(rank)
 
+    def find(self, rank: int) -> None:
+        """Take note that a peer that was taken for lost is back."""
+        self.mailbox.lost.discard(rank)
+
+    def start_from(self, state: Any, params: Tensor, buffers: Mapping[str, Tensor], step: int) -> None:
+        """Start after a step as a newcomer, with a model and a strategy's state that a living peer gave."""
+        self._restored, self.params, self.buffers, self.step = state, params, buffers, step
+
     def expect(self, kind: str, tag: str, round: int, source: int) -> "asyncio.Future[Envelope | None]":
         """Return a future that becomes a message of any kind; None once its sender is known to be gone."""
         future: asyncio.Future[Envelope | None] = asyncio.get_running_loop().create_future()

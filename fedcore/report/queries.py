@@ -36,8 +36,9 @@ def _objective(run: Run, made: dict[object, Row]) -> list[Markup]:
     points = [(row, value) for row in run.rows("evaluate") if (value := finite(row.get("loss"))) is not None]
     name = "loss"
     if len(points) < 2:
-        points = [(row, value) for row in made.values() if (value := finite(row.get("value"))) is not None]
-        name = "value"
+        # Finite differences know it at the point that a round began with.
+        name = next((key for key in ("value", "start_value") if any(key in row for row in made.values())), "value")
+        points = [(row, value) for row in made.values() if (value := finite(row.get(name))) is not None]
     charts = []
     for key, label, kind in (("queries", "queries of all clients", COUNT), ("round", "rounds", COUNT),
                              ("bytes", "bytes, up and down", BYTES)):

@@ -45,6 +45,7 @@ class PeerLink:
         self._attempts = 0
         self._wake = asyncio.Event()
         self.refused: str | None = None
+        self.silent_since: float | None = asyncio.get_running_loop().time()    # None while it is connected
         self._task = asyncio.get_running_loop().create_task(self._keep_talking())
 
     def post(self, envelope: Envelope) -> "asyncio.Future[bool]":
@@ -87,6 +88,8 @@ class PeerLink:
                 return
             except (ConnectionError, MalformedFrame, TooSlow) as error:
                 logger.debug("Talking to peer %s: %s", self._to.name, error)
+            if self.silent_since is None:
+                self.silent_since = asyncio.get_running_loop().time()
             longest = min(MOST_WAIT_S, FIRST_WAIT_S * 2**min(self._attempts, 16))
             self._attempts += 1
             # Between half of it and all of it, so that peers that lost each other do not all come at once.
@@ -106,6 +109,7 @@ class PeerLink:
             if answer.get("kind") != "welcome":
                 raise MalformedFrame("it does not speak this protocol")
             self._attempts = self._sent = 0
+            self.silent_since = None
             hearing = asyncio.get_running_loop().create_task(self._hear(call))
             try:
                 await self._say(call, hearing)

@@ -23,7 +23,7 @@ def frame(envelope: Envelope) -> Framed:
     for name, tensor in envelope.data.items():
         values = tensor.detach().contiguous().numpy()
         arrays.append([name, str(values.dtype), list(values.shape)])
-        buffers.append(memoryview(values.reshape(-1).view(np.uint8)))
+        buffers.append(values.reshape(-1).view(np.uint8).data)
     head = {name: getattr(envelope, name) for name in (*TEXTS, *COUNTS)}
     text = json.dumps({**head, "meta": dict(envelope.meta), "arrays": arrays}, separators=(",", ":"))
     return Framed.of(text.encode(), buffers)
@@ -49,7 +49,8 @@ class Arriving:
                 self._fields[name] = facts[name]
         if not isinstance(facts.get("meta"), dict) or not isinstance(facts.get("arrays"), list):
             raise MalformedFrame("an envelope has no meta or no arrays")
-        self._meta, self._arrays, self.size = facts["meta"], [], 0
+        self._meta, self.size = facts["meta"], 0
+        self._arrays: list[tuple[str, str, list[int], int, int]] = []
         if len(facts["arrays"]) > MOST_VECTORS:
             raise MalformedFrame(f"an envelope with {len(facts['arrays'])} vectors came")
         for entry in facts["arrays"]:

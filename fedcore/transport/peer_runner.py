@@ -4,125 +4,75 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fedcore.checkpoint import Checkpoints
+from fedcore.errors import PeerLost
 from fedcore.peers.envelope import Envelope
 from fedcore.peers.peer import Peer
-from fedcore.peers.seams import Membership, Trained
+from fedcore.peers.seams import Membership
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.tls import Credentials
+from fedcore.transport.peer_labour import ThreadLabour, Work
 from fedcore.transport.peer_roster import Roster
 from fedcore.transport.peer_wire import PeerWire
 from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
 
-T = TypeVar("T")
-# How long a peer that is done waits for its last messages to be acknowledged, and for the others to be done.
-FAREWELL_S = 30.0
-GOODBYE = "goodbye"
+# What peers say to each other besides what their strategy does.
+READY, ENDED, GOODBYE, ASK, STATE = "ready", "ended", "goodbye", "ask", "state"
+POLL_S = 0.01
 
 
-class Work(Protocol):
-    """What one peer computes, in any thread."""
+@dataclass(frozen=True)
+class PeerOptions:
+    """How a real peer runs.
 
-    num_examples: int
+    Attributes:
+        num_steps: steps of the run, the same at all peers; for strategies that stop by time there is one.
+        stop_s: when those stop, seconds; None for the others.
+        save_every_s: seconds between checkpoints.
+        lost_after_s: a peer that could not be reached for so long counts as gone, until it is back.
+        farewell_s: how long a peer that is done waits for the others, who may still be asking.
+    """
 
-    def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained: ...
-
-    def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]: ...
-
-    def displacement(
-        self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
-    ) -> tuple[Tensor, float]: ...
-
-    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor: ...
-
-    def forget_optimizer(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class ThreadLabour:
-    """Computes in a thread of its own, so that the peer answers others meanwhile."""
-
-    def __init__(self, work: Work):
-        self._work = work
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedcore-peer")
-
-    @property
-    def curvature(self) -> tuple[float, float] | None:
-        """Strong convexity and smoothness of the peer's objective, where the task knows them."""
-        found: tuple[float, float] | None = getattr(self._work, "curvature", None)
-        return found
-
-    async def _run(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-    async def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained:
-        """Make optimizer steps."""
-        return await self._run(self._work.train, params, buffers, steps)
-
-    async def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        """Return the gradient of the next batch."""
-        return await self._run(self._work.gradient, params, buffers)
-
-    async def displacement(
-        self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
-    ) -> tuple[Tensor, float]:
-        """Return what the optimizer's next step would subtract."""
-        return await self._run(self._work.displacement, params, buffers, gradient)
-
-    async def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
-        """Return what the optimizer's next step makes of a model."""
-        return await self._run(self._work.descend, params, buffers, gradient)
-
-    def forget_optimizer(self) -> None:
-        """Let the optimizer start afresh."""
-        self._work.forget_optimizer()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the training remembers."""
-        return self._work.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self._work.load_state_dict(state)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    num_steps: int
+    stop_s: float | None = None
+    save_every_s: float = 30.0
+    lost_after_s: float = 60.0
+    farewell_s: float = 60.0
 
 
 class RosterBoard:
-    """All peers of a roster take part from the first step to the last, whose number all of them know beforehand.
+    """All peers of a roster take part from the first step to the last, which all of them know beforehand.
 
     Args:
-        num_steps: steps of the run.
-        save_every_s: seconds between checkpoints.
-        on_step: told of every step that this peer has finished, and of rows that it logs: (event, figures).
+        on_row: told what happens: (event, figures).
+        gather: waits until all peers have said a word, for strategies that stop by time.
     """
 
     def __init__(
-        self, count: int, num_steps: int, checkpoints: Checkpoints | None, save_every_s: float,
-        on_row: Callable[[str, dict[str, Any]], None],
+        self, count: int, options: PeerOptions, checkpoints: Checkpoints | None,
+        on_row: Callable[[str, dict[str, Any]], None], gather: Callable[[str], Any],
     ):
         self._membership = Membership(0, tuple(range(count)))
-        self._num_steps, self._checkpoints, self._save_every_s = num_steps, checkpoints, save_every_s
-        self._on_row = on_row
+        self._options, self._checkpoints, self._on_row, self._gather = options, checkpoints, on_row, gather
         self._started = self._saved_at = time.monotonic()
-        self.ends_at = math.inf
+        self.ends_at = math.inf if options.stop_s is None else options.stop_s
+        self.latest: tuple[int, Any, Tensor, Mapping[str, Tensor]] | None = None    # at the last safe point
 
     @property
     def now(self) -> float:
-        """Seconds since this peer began."""
+        """Seconds since all peers were ready."""
         return time.monotonic() - self._started
+
+    def start_clock(self) -> None:
+        """Call the present moment zero."""
+        self._started = time.monotonic()
 
     async def sleep_until(self, rank: int, at: float) -> None:
         """Wait for a moment of this peer's clock."""
@@ -130,14 +80,17 @@ class RosterBoard:
 
     async def begin(self, peer: Peer, step: int) -> Membership | None:
         """Return who takes part in a step; None after the last."""
-        return self._membership if step < self._num_steps else None
+        return self._membership if step < self._options.num_steps else None
 
     async def report(self, peer: Peer, state: Callable[[], Any]) -> None:
         """Write a checkpoint when it is time to."""
+        if self._options.stop_s is not None:
+            await self._gather(ENDED)    # from here on nobody proposes a meeting any more
+            await peer.settle_meetings()
         plain = state()
-        last = peer.step == self._num_steps - 1
-        due = time.monotonic() - self._saved_at >= self._save_every_s
-        if self._checkpoints is not None and (last or due):
+        self.latest = (peer.step, plain, peer.params, peer.buffers)
+        last = peer.step == self._options.num_steps - 1
+        if self._checkpoints is not None and (last or time.monotonic() - self._saved_at >= self._options.save_every_s):
             saved = {"kind": "peer", "rank": peer.rank, "peer": peer.state_dict(plain)}
             await asyncio.get_running_loop().run_in_executor(None, self._checkpoints.save, saved)
             self._saved_at = time.monotonic()
@@ -153,37 +106,105 @@ class RealPeer:
 
     Args:
         model: from which all peers start.
-        num_steps: steps of the run, the same at all peers.
         seed: of the run, the same at all peers.
         on_row: told what happens: (event, figures).
     """
 
     def __init__(
         self, strategy: PeerStrategy, roster: Roster, rank: int, credentials: Credentials | None, model: Model,
-        work: Work, num_steps: int, seed: int, checkpoints: Checkpoints | None = None, save_every_s: float = 30.0,
+        work: Work, options: PeerOptions, seed: int, checkpoints: Checkpoints | None = None,
         on_row: Callable[[str, dict[str, Any]], None] = lambda event, figures: None,
     ):
-        self._strategy, self._roster, self._labour = strategy, roster, ThreadLabour(work)
+        self._strategy, self._roster, self._labour, self._options = strategy, roster, ThreadLabour(work), options
         self._checkpoints, self._on_row = checkpoints, on_row
-        count = len(roster.peers)
+        self._others = {other for other in range(len(roster.peers)) if other != rank}
+        self._heard: dict[str, set[int]] = {READY: set(), ENDED: set(), GOODBYE: set()}
+        self._donated: asyncio.Future[Envelope] | None = None
         self.wire = PeerWire(roster, rank, credentials, self._take, self._incident, model.layout.num_bytes)
-        board = RosterBoard(count, num_steps, checkpoints, save_every_s, on_row)
+        self.board = RosterBoard(len(roster.peers), options, checkpoints, on_row, self._gather)
         self.peer = Peer(rank, seed, model.params, model.buffers, run=roster.run, labour=self._labour, wire=self.wire,
-                         board=board, num_examples=work.num_examples)
-        self._absent: set[int] = set()
+                         board=self.board, num_examples=work.num_examples)
+
+    # ---- what comes -------------------------------------------------------------------------------------------------
 
     def _take(self, envelope: Envelope) -> str | None:
-        if envelope.kind == GOODBYE:
-            self._absent.add(envelope.source)
-            return None
-        return self.peer.take(envelope)
+        if envelope.source in self.peer.mailbox.lost:
+            self.peer.find(envelope.source)
+        if envelope.kind in self._heard:
+            self._heard[envelope.kind].add(envelope.source)
+        elif envelope.kind == ASK:
+            self._donate(envelope.source)
+        elif envelope.kind == STATE:
+            if self._donated is not None and not self._donated.done():
+                self._donated.set_result(envelope)
+        else:
+            return self.peer.take(envelope)
+        return None
 
     def _incident(self, who: str, reason: str) -> None:
         logger.warning("%s was refused: %s", who, reason)
         self._on_row("incident", {"who": who, "reason": reason})
 
-    async def run(self, listen: str | None = None, resume: bool = False) -> Tensor:
+    async def _watch(self) -> None:
+        """Take note of peers that cannot be reached any more."""
+        while True:
+            for rank in sorted(self._others - self.peer.mailbox.lost):
+                if self.wire.silent_for(rank) > self._options.lost_after_s:
+                    self._on_row("lost", {"peer": self._roster.peers[rank].name})
+                    self.peer.lose(rank)
+            await asyncio.sleep(min(1.0, self._options.lost_after_s / 4))
+
+    async def _gather(self, word: str, within_s: float = math.inf) -> None:
+        """Say a word to all, and wait until all who live have said it."""
+        for rank in sorted(self._others):
+            self.peer.post(rank, word, "", 0, {})
+        until = time.monotonic() + within_s
+        while not self._others - self.peer.mailbox.lost <= self._heard[word] and time.monotonic() < until:
+            await asyncio.sleep(POLL_S)
+
+    # ---- newcomers --------------------------------------------------------------------------------------------------
+
+    def _donate(self, to: int) -> None:
+        """Give a newcomer what it needs to start: the state of the last safe point."""
+        if self.board.latest is None:
+            return
+        step, state, params, buffers = self.board.latest
+        state = self._strategy.newcomer(state)
+        tensors = {} if state is None else {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        plain = None if state is None else {name: value for name, value in state.items() if name not in tensors}
+        data = {"params": params, **{f"state.{name}": value for name, value in tensors.items()},
+                **{f"buffer.{name}": value for name, value in buffers.items()}}
+        self.peer.post(to, STATE, "", step, data, {"step": step, "plain": plain})
+
+    async def _rejoin(self) -> None:
+        """Start from what the first living peer that answers has.
+
+        Raises:
+            PeerLost: nobody answers.
+        """
+        self._donated = asyncio.get_running_loop().create_future()
+        for rank in sorted(self._others):
+            self.peer.post(rank, ASK, "", 0, {})
+        try:
+            given = await asyncio.wait_for(self._donated, self._options.lost_after_s)
+        except TimeoutError:
+            raise PeerLost(min(self._others)) from None
+        parts = {kind: {name.removeprefix(kind): value for name, value in given.data.items() if name.startswith(kind)}
+                 for kind in ("state.", "buffer.")}
+        plain = given.meta["plain"]
+        state = None if plain is None else {**plain, **parts["state."]}
+        self.peer.start_from(state, given.data["params"], parts["buffer."], given.meta["step"])
+        self._on_row("rejoined", {"from": self._roster.peers[given.source].name, "step": given.meta["step"]})
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    async def run(self, listen: str | None = None, resume: bool = False, rejoin: bool = False) -> Tensor:
         """Take part to the end; returns this peer's parameters.
+
+        Args:
+            listen: HOST:PORT, where that is not the roster's address.
+            resume: continue from this peer's own checkpoint; all peers must.
+            rejoin: start from what a living peer has: this one was away.
 
         Raises:
             CannotListen: the port is in use.
@@ -194,22 +215,20 @@ class RealPeer:
             saved, _ = self._checkpoints.load_newest()
             self.peer.load_state_dict(saved["peer"])
         await self.wire.start(listen)
+        watching = asyncio.get_running_loop().create_task(self._watch())
         try:
+            if rejoin:
+                await self._rejoin()
+            else:
+                await self._gather(READY)
+            self.board.start_clock()
             self.peer.resume()
             await self._strategy.run(self.peer)
-            await self._say_goodbye()
+            await self._gather(GOODBYE, self._options.farewell_s)
+            await self.wire.drain(self._options.farewell_s)
         finally:
+            watching.cancel()
             self.peer.close()
             self._labour.close()
             await self.wire.close()
         return self.peer.params
-
-    async def _say_goodbye(self) -> None:
-        """Leave once the others have all they need of this peer: they may still be asking."""
-        others = {rank for rank in range(len(self._roster.peers)) if rank != self.peer.rank}
-        for rank in others:
-            self.peer.post(rank, GOODBYE, "", self.peer.step, {})
-        until = time.monotonic() + FAREWELL_S
-        while not others <= self._absent and time.monotonic() < until:
-            await asyncio.sleep(0.01)
-        await self.wire.drain(max(0.0, until - time.monotonic()))

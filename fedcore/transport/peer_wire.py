@@ -91,6 +91,11 @@ class PeerWire:
             if rank != self._rank:
                 self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank)
 
+    def silent_for(self, rank: int) -> float:
+        """Return for how long a peer could not be reached, seconds."""
+        since = self._links[rank].silent_since
+        return 0.0 if since is None else asyncio.get_running_loop().time() - since
+
     async def drain(self, within_s: float) -> None:
         """Wait until everything was delivered, or for so many seconds."""
         until = asyncio.get_running_loop().time() + within_s

@@ -15,7 +15,8 @@ from fedcore.config import load_experiment
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITHOUT_DATA = {"uneven_mnist": ["task=digits"], "blackbox_attack": ["task=blackbox_quadratics", "stop.target={}"],
                 "private_housing": ["task=digits"], "char_lm_peers": ["task=digits"]}
-RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "bring_your_own_task", "thin_uplink"]
+RUNNABLE = ["quickstart", "custom_round_strategy", "custom_event_strategy", "custom_peer_strategy",
+            "bring_your_own_task", "thin_uplink"]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -55,6 +56,25 @@ def test_f1_is_tuned_by_evaluating_it_only(tmp_path):
     before, *_, after = run.rows("evaluate")
     assert before["f1"] < 0.8 and after["f1"] > 0.9 and after["test_f1"] > 0.85
     assert run.summary["queries"] == 5 * (11 + 2 * 76)
+
+
+def test_a_users_strategy_without_a_server_resumes_to_the_same_bits(tmp_path):
+    file = EXAMPLES / "custom_peer_strategy" / "experiment.yaml"
+    whole = fedcore.simulate(file, out=tmp_path / "whole")
+    fedcore.simulate(file, out=tmp_path / "parts", overrides=["stop.rounds=12"])
+    resumed = fedcore.simulate(resume=tmp_path / "parts", overrides=["stop.rounds=30"])
+    assert all(torch.equal(values, resumed.model()[name]) for name, values in whole.model().items())
+    assert resumed.metrics[-1] == whole.metrics[-1]
+
+
+@pytest.mark.slow
+def test_real_peers_on_one_machine_end_with_the_simulations_model(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run([sys.executable, EXAMPLES / "peers_on_loopback" / "run.py", tmp_path], env=environment,
+                          capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "the same, bit for bit" in done.stdout
+    assert len(list(tmp_path.glob("*/model.safetensors"))) == 5
 
 
 def test_the_notebook_style_example_runs_from_top_to_bottom(tmp_path):

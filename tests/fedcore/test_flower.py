@@ -11,7 +11,10 @@ ENTRIES = {"lr": 0.1, "steps": 3}
 def request_message():
     adopt_identity()
     content = RecordDict({"config": ConfigRecord({"lr": 0.1})})
-    return with_id(Message(content, 1005, "train.special", ttl=60.0, group_id="7"), content, "12")
+    message = with_id(Message(content, 1005, "train.special", ttl=60.0, group_id="7"), content, "12")
+    # As a SuperLink hands it to a node; it takes no reply that claims to have been delivered already.
+    message.metadata.delivered_at = "2026-01-01T00:00:00+00:00"
+    return message
 
 
 @pytest.mark.parametrize("outcome", [RecordDict({"metrics": MetricRecord({"loss": 1.0})}), Error(2, "it raised")])

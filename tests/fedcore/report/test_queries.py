@@ -34,8 +34,9 @@ def test_a_black_box_run_shows_what_its_queries_bought(run):
     assert "Queries of each client" in page and "Surrogate error" not in page
 
 
-def test_without_evaluations_it_shows_what_the_clients_said(run):
-    found = run(evaluate={"where": "none"})
+@pytest.mark.parametrize("strategy", [FZOOS, {"name": "fedzo", "directions": 2, "local_iterations": 2}])
+def test_without_evaluations_it_shows_what_the_clients_said(run, strategy):
+    found = run(evaluate={"where": "none"}, strategy=strategy)
     assert "Objective over queries" in queries(found, facts_of(found)).body
 
 

@@ -11,16 +11,17 @@ from fedcore.clients.peer_training import PeerTraining
 from fedcore.errors import InvalidSetting, MalformedFrame
 from fedcore.peers.envelope import ENVELOPE_BYTES, Envelope, payload_bytes
 from fedcore.registry import build
+from fedcore.strategies.noloco import NoLoCo
 from fedcore.tls import identity_of, load_credentials, node_host
 from fedcore.transport.dial import open_channel
 from fedcore.transport.loop import submit
 from fedcore.transport.peer_link import SERVICE, TALK, hello_of
 from fedcore.transport.peer_messages import Arriving, frame
 from fedcore.transport.peer_roster import Roster
-from fedcore.transport.peer_runner import RealPeer
+from fedcore.transport.peer_runner import PeerOptions, RealPeer
 from fedcore.transport.wire import pack, unpack
 from tests.fedcore.transport.kit import Pki
-from tests.peer_lab import models, play, prepare, same
+from tests.peer_lab import Script, models, play, prepare, same
 
 PATIENCE_S = 60.0
 
@@ -43,7 +44,7 @@ def roster_of(count, pki=None, run="test"):
     return Roster.of({"run": run, "peers": rows})
 
 
-def real_peers(strategy, roster, pki, folder, rounds=4, **settings):
+def real_peers(strategy, roster, pki, folder, rounds=4, options=None, **settings):
     """Return peers over gRPC that do what `play` does in virtual time, and the rows that they write."""
     virtual = prepare(strategy, folder, len(roster.peers), stop={"rounds": rounds}, **settings)
     virtual.recorder.close()
@@ -51,8 +52,9 @@ def real_peers(strategy, roster, pki, folder, rounds=4, **settings):
     for rank in range(len(roster.peers)):
         work = PeerTraining(virtual.task, virtual.train, 0).peer(rank)
         credentials = pki.node(rank) if pki else None
-        peers.append(RealPeer(strategy, roster, rank, credentials, virtual.model, work, rounds, 0,
-                              on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures))))
+        peers.append(RealPeer(
+            strategy, roster, rank, credentials, virtual.model, work, options or PeerOptions(rounds), 0,
+            on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures))))
     return peers, rows
 
 
@@ -73,9 +75,9 @@ def test_real_peers_end_with_the_bits_of_virtual_ones(name, secure, tmp_path):
     found = submit(together(peers)).result(PATIENCE_S)
     assert same(found, models(virtual)) and found[0].dtype == torch.float32
     assert not [row for row in rows if row[1] in ("refused", "incident")]
-    # Both engines count the same bytes; real peers say goodbye besides.
+    # Both engines count the same bytes; real peers say that they are ready, and goodbye, besides.
     sent = sum(peer.peer.counters.bytes_sent for peer in peers)
-    assert sent - 4 * 3 * ENVELOPE_BYTES == virtual.host.totals["bytes_sent"]
+    assert sent - 2 * 4 * 3 * ENVELOPE_BYTES == virtual.host.totals["bytes_sent"]
 
 
 def test_a_model_larger_than_any_message_arrives_in_chunks(tmp_path):
@@ -84,6 +86,63 @@ def test_a_model_larger_than_any_message_arrives_in_chunks(tmp_path):
     virtual = play(strategy, tmp_path / "virtual", 2, stop={"rounds": 1}, **large)
     peers, _ = real_peers(strategy, roster_of(2), None, tmp_path / "real", rounds=1, **large)
     assert same(submit(together(peers)).result(PATIENCE_S), models(virtual))
+
+
+def test_others_finish_when_a_peer_dies_and_it_rejoins_from_a_living_one(tmp_path):
+    strategy = NoLoCo(inner_steps=2, pair_timeout_s=0.5)
+    options = PeerOptions(120, lost_after_s=0.6, farewell_s=10.0)
+    roster = roster_of(4)
+    peers, rows = real_peers(strategy, roster, None, tmp_path / "a", options=options)
+    again, new_rows = real_peers(strategy, roster, None, tmp_path / "b", options=options)
+
+    async def run():
+        tasks = [asyncio.create_task(peer.run()) for peer in peers]
+        while peers[0].peer.step < 5:
+            await asyncio.sleep(0.01)
+        tasks[3].cancel()
+        await asyncio.gather(tasks[3], return_exceptions=True)
+        while not [row for row in rows if row[1] == "lost"]:
+            await asyncio.sleep(0.01)
+        rejoined = asyncio.create_task(again[3].run(rejoin=True))
+        return await asyncio.gather(*tasks[:3], rejoined)
+
+    found = submit(run()).result(PATIENCE_S)
+    assert [figures for _, event, figures in new_rows if event == "rejoined"][0]["step"] >= 4
+    assert {peer.peer.step for peer in peers[:3]} == {119} == {again[3].peer.step}
+    start, optimum = torch.zeros(6, dtype=torch.float64), torch.stack(found).mean(0)
+    assert all((model - optimum).norm() < 0.3 * (start - optimum).norm() for model in found)
+    # Somebody met the peer that came back.
+    assert again[3].peer.counters.exchanges > 0
+
+
+def averaging(held):
+    """Return peers that average with a neighbour at random times, from different starts."""
+    async def run(peer):
+        held[peer.rank] = peer.params + peer.rank
+
+        def apply(partner, mine, theirs, at):
+            held[peer.rank] = held[peer.rank] - 0.5 * (mine - theirs)
+
+        meeting = peer.meeting("average", lambda: held[peer.rank], apply, 0.5)
+
+        async def edge(partner):
+            async for _ in peer.ticks(20.0, "edge", partner):
+                await meeting.with_(partner)
+
+        async for _ in peer.steps():
+            await asyncio.gather(*[edge(partner) for partner in peer.members if partner > peer.rank])
+            await peer.safe_point(lambda: None)
+
+    return Script(run, by_time=True)
+
+
+def test_pairwise_meetings_keep_the_sum_over_real_connections(tmp_path):
+    held = {}
+    peers, _ = real_peers(averaging(held), roster_of(4), None, tmp_path, options=PeerOptions(1, stop_s=1.5))
+    submit(together(peers)).result(PATIENCE_S)
+    final = torch.stack([held[rank] for rank in range(4)])
+    assert (final.mean(0) - 1.5).abs().max() < 1e-13 and final.std(0).max() < 0.1
+    assert sum(peer.peer.counters.exchanges for peer in peers) > 20
 
 
 async def call(roster, credentials, *messages):
