@@ -156,6 +156,7 @@ class PeerHost:
             "download_s": 0.0, "queue_s": 0.0, "compute_s": computed,
             "upload_s": report.at - report.began - computed, "local_steps": change["gradients"], "base_version": step,
             "staleness": 0, "outcome": "ok", "bytes_down": change["bytes_received"], "bytes_up": change["bytes_sent"],
+            "exchanges": change["exchanges"],
         })
         self._rows += 1
 

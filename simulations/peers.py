@@ -51,6 +51,8 @@ logger = logging.getLogger("fedcore")
 # Strategies that stop by time have their safe points so many times in a run, unless evaluations come by the second.
 STEPS_BY_TIME = 30
 MAX_DESCRIBED_PEERS = 2000
+# Counted in the summary where there were any.
+TROUBLES = ("silent", "asymmetric_exchanges", "failed_meetings")
 
 
 class PeerSimulation:
@@ -251,9 +253,8 @@ class PeerSimulation:
             "final_loss": latest.pop("loss", None), "final_accuracy": latest.pop("accuracy", None),
             "best_accuracy": scores.best_accuracy, "time_to_target_s": scores.time_to_target_s,
             "target": dict(settings.stop.target or {}) or None, "num_params": self.model.layout.num_params,
-            **host.counts, "silent": totals.get("silent", 0),
-            "asymmetric_exchanges": totals.get("asymmetric_exchanges", 0),
-            "failed_meetings": totals.get("failed_meetings", 0), "waiting_share": self._waiting_share(),
+            **host.counts, **{name: totals.get(name) or None for name in TROUBLES},
+            "waiting_share": self._waiting_share(),
             "peak_rss_mb": round(peak_rss_mb(), 1), **latest, "consensus_distance": host.distance,
             **self.strategy.summary_figures(),
         }), indent=2) + "\n")

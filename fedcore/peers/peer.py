@@ -206,6 +206,7 @@ class Peer:
         self.counters.waiting_s += self.now - began
         if envelope is None:
             raise PeerLost(sender)
+        self.counters.exchanges += 1
         self.counters.bytes_received += envelope.num_bytes
         return envelope.payload
 

@@ -13,6 +13,8 @@ from fedcore.report.charts import Line, Plot, histogram, line_chart
 from fedcore.report.compression import ERROR, MISMATCH, compression
 from fedcore.report.facts import Client, Facts, busiest_share, facts_of, histogram_bins
 from fedcore.report.gantt import timeline
+from fedcore.report.peers import DRAWN as DRAWN_OF_PEERS
+from fedcore.report.peers import peers
 from fedcore.report.privacy import FIGURES as PRIVACY_FIGURES
 from fedcore.report.privacy import privacy
 from fedcore.report.queries import DRAWN, queries
@@ -49,9 +51,9 @@ MOST_EXTRA_CURVES = 12
 EVALUATION_KEYS = {"time_s", "wall_s", "version", "where", "event", "client_updates", "client_steps", "bytes_up",
                    "bytes_down", "num_examples", "num-examples"}
 UPDATE_KEYS = EVALUATION_KEYS | {"node", "nodes", "staleness", "weights", "num_params", "group", ERROR, MISMATCH}
-UPDATE_KEYS |= PRIVACY_FIGURES | DRAWN
+UPDATE_KEYS |= PRIVACY_FIGURES | DRAWN | DRAWN_OF_PEERS
 # What only some methods have to show; each returns None for the runs of others.
-EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = (compression, privacy, queries)
+EXTRA_SECTIONS: tuple[Callable[[Run, Facts], Section | None], ...] = (compression, privacy, queries, peers)
 AXES = (("client_updates", "client updates", COUNT), ("bytes", "bytes, up and down", BYTES))
 
 
@@ -229,7 +231,8 @@ def other_figures(run: Run) -> Section:
     """Return curves of whatever else the rows carry: privacy spent, queries, consensus distance, excess loss, ..."""
     charts: list[Markup] = []
     clock = clock_of(run)
-    for events, known in ((("evaluate",), EVALUATION_KEYS | {"accuracy", "loss"}), (("update", "log"), UPDATE_KEYS)):
+    for events, known in ((("evaluate",), EVALUATION_KEYS | DRAWN_OF_PEERS | {"accuracy", "loss"}),
+                          (("update", "log"), UPDATE_KEYS)):
         rows = [row for row in run.metrics if row.get("event") in events]
         keys = dict.fromkeys(key for row in rows for key, value in row.items()
                              if key not in known and finite(value) is not None)

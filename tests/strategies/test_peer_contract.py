@@ -86,4 +86,5 @@ def test_a_run_leaves_its_folder(name, tmp_path):
     for row in run.timeline:
         parts = row["download_s"] + row["queue_s"] + row["compute_s"] + row["upload_s"]
         assert row["start_s"] + parts == pytest.approx(row["end_s"])
-    assert "<html" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Loss of the mean model and of the peers" in page and "Bytes sent by each peer" in page
