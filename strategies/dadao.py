@@ -39,6 +39,8 @@ from fedcore.strategies.pace import Hold, Probe, rows_of, spread
 from fedcore.strategies.settings import check_choice, check_number, check_switch
 
 TAG = "dadao"
+# Values beyond this have diverged, though they are finite still.
+LARGEST = 1e30
 
 
 class Node:
@@ -124,11 +126,11 @@ class Node:
         """Bring everything up to now, take over the next step's terms, and return what must survive a restart."""
         self.drift()
         self.terms = self._upcoming
-        if not torch.isfinite(self.state.rows).all():
+        if not self.state.rows.abs().max() < LARGEST:
             raise Diverged(
-                f"DADAO diverged at peer {self.peer.rank}: its values became infinite. The smoothness, "
-                f"{self.terms.smoothness:g}, or the strong convexity, {self.terms.strong_convexity:g}, is not that of "
-                "the problem; or the batches are too small: give train.batch_size all examples.")
+                f"DADAO diverged at peer {self.peer.rank}: its values grew beyond all bounds. The smoothness, "
+                f"{self.terms.smoothness:g}, or the strong convexity, {self.terms.strong_convexity:g}, is not that "
+                f"of the problem; or exchanges came too late: give a longer time_unit_s than {self.terms.pace.unit_s:.3g}.")
         self.peer.params = self.state.params
         return Saved(self.state.rows, self.state.at, self.epoch, self.terms.state(), self.tally.values())
 
