@@ -130,7 +130,8 @@ class Node:
             raise Diverged(
                 f"DADAO diverged at peer {self.peer.rank}: its values grew beyond all bounds. The smoothness, "
                 f"{self.terms.smoothness:g}, or the strong convexity, {self.terms.strong_convexity:g}, is not that "
-                f"of the problem; or exchanges came too late: give a longer time_unit_s than {self.terms.pace.unit_s:.3g}.")
+                "of the problem; or exchanges came too late: give a time_unit_s that is longer than "
+                f"{self.terms.pace.unit_s:.3g}.")
         self.peer.params = self.state.params
         return Saved(self.state.rows, self.state.at, self.epoch, self.terms.state(), self.tally.values())
 
