@@ -91,6 +91,10 @@ bench-zeroth: $(VENV)/.requirements-dev $(VENV)/.package ## time FZooS's Gaussia
 bench-link: $(VENV)/.requirements-dev $(VENV)/.package ## time the gRPC link beside a bare grpc.aio stream
 	@$(BIN)/python benchmarks/bench_link.py
 
+.PHONY: bench-peers
+bench-peers: $(VENV)/.requirements-dev $(VENV)/.package ## time virtual peers, and a real exchange beside bare TCP and gloo
+	@$(BIN)/python benchmarks/bench_peers.py --full
+
 .PHONY: clean
 clean: ## remove the environment, caches and build outputs (not runs/)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
