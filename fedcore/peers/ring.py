@@ -70,9 +70,10 @@ def ring_bytes(vector: Tensor, count: int, place: int) -> int:
     """
     if count == 1:
         return 0
-    sizes = [end - start for start, end in chunk_bounds(len(vector), count)]
+    short, longer = divmod(len(vector), count)
     # It passes on every chunk but the next one in the first half, and every one but the one after that in the second.
-    elements = 2 * len(vector) - sizes[(place + 1) % count] - sizes[(place + 2) % count]
+    left_out = 2 * short + ((place + 1) % count < longer) + ((place + 2) % count < longer)
+    elements = 2 * len(vector) - left_out
     return 2 * (count - 1) * payload_bytes({ALONE: vector[:0]}) + elements * vector.element_size()
 
 
