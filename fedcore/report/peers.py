@@ -5,6 +5,7 @@ from markupsafe import Markup
 
 from fedcore.report.charts import Line, Plot, histogram, line_chart
 from fedcore.report.facts import Facts
+from fedcore.report.graph import graph_drawing
 from fedcore.report.scales import SECONDS, SHARE, data_size, metric_kind, percent
 from fedcore.report.section import Section
 from fedcore.runs import Row, Run, finite, number
@@ -29,8 +30,17 @@ def peers(run: Run, facts: Facts) -> Section | None:
     if silent:
         intro += f" {int(silent):,} times a partner did not answer in time."
     body = Markup('<div class="charts two">{}</div><div class="charts two">{}</div>').format(
-        Markup().join([_distance(run), _losses(run), _waiting(run)]), Markup().join(_by_peer(run)))
+        Markup().join([_distance(run), _losses(run), _waiting(run)]), Markup().join([*_by_peer(run), _graph(run)]))
     return Section("peers", "Peers", body, intro)
+
+
+def _graph(run: Run) -> Markup:
+    """Return the latest graph that the peers wrote down, drawn; empty for strategies without one."""
+    graphs = [row["graph"] for row in run.rows("log") if isinstance(row.get("graph"), list)]
+    if not graphs:
+        return Markup()
+    return Markup('<figure class="chart"><figcaption>Who talks to whom, and how often</figcaption>{}</figure>').format(
+        graph_drawing([tuple(edge) for edge in graphs[-1]]))
 
 
 def _points(rows: list[Row], name: str) -> list[tuple[float, float]]:

@@ -46,6 +46,7 @@ def test_the_graph_and_what_was_achieved_are_written_down(tmp_path):
     run = simulate(experiment(30.0), out=tmp_path)
     (row,) = [row for row in run.metrics if "graph" in row]
     assert len(row["graph"]) == 8 and row["graph"][0][:2] == [0, 1]
+    assert 'class="graph"' in (tmp_path / "report.html").read_text()
     pace = paces(run)
     assert pace[0]["time_unit_s"] == pytest.approx(0.1) and row["graph"][0][2] == pytest.approx(LEAST_ON_RING / 8 / 0.1)
     for name in ("exchanges", "gradients"):
