@@ -11,7 +11,7 @@ from fedcore.clients.modules import initial_model
 from fedcore.clients.settings import TrainSettings
 from fedcore.clients.task import PartitionedTask, Task
 from fedcore.clients.torch_client import torch_client
-from fedcore.config import Experiment
+from fedcore.config import Experiment, Part
 from fedcore.errors import InvalidSetting
 from fedcore.registry import build, resolve
 
@@ -56,13 +56,17 @@ def build_task(experiment: Experiment) -> Task:
     return task
 
 
-def try_task(experiment: Experiment, strategy: Any) -> None:
-    """Look at an experiment's data before it runs, and ask a private strategy what it says of them.
+def try_task(experiment: Experiment, strategy: Any, part: Part = "all") -> None:
+    """Look at the data that a part of an experiment needs, and ask a private strategy what it says of them.
 
     Raises:
         BadInput: data are missing, unreadable or too few, or nothing could be promised about them.
     """
     task = build_task(experiment)
+    if part == "server" and experiment.evaluate.where == "server" and hasattr(task, "test_data"):
+        task.test_data()
+    if part != "all":
+        return    # a client says itself which data are its own, when it starts
     task.data(0)
     check_data = getattr(strategy, "check_data", None)
     if check_data is None or hasattr(task, "client_app"):

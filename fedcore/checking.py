@@ -16,7 +16,7 @@ from fedcore.catalogue import (
     TASK_TRIAL,
     TRAIN_TRIAL,
 )
-from fedcore.config import ExistingFile, Experiment, PlugIn, Section
+from fedcore.config import ExistingFile, Experiment, Part, PlugIn, Section
 from fedcore.consistency import contradictions, doubts
 from fedcore.errors import BadExperiment, BadInput, InvalidSetting, MissingSetting, UnknownSetting
 from fedcore.overrides import apply_overrides
@@ -29,7 +29,7 @@ DEFAULT_LOCAL_STEPS = 10
 
 
 def check_experiment(
-    experiment: str | Path | Mapping[str, Any] | Experiment, overrides: Sequence[str] = ()
+    experiment: str | Path | Mapping[str, Any] | Experiment, overrides: Sequence[str] = (), part: Part = "all"
 ) -> Experiment:
     """See `fedcore.config.load_experiment`."""
     if isinstance(experiment, Experiment):
@@ -58,7 +58,7 @@ def check_experiment(
         raise BadExperiment(source, problems)
     try:
         # Data that are missing or unreadable, or too few for so many clients, show only when they are asked for.
-        registry.load(TASK_TRIAL)(checked, strategy)
+        registry.load(TASK_TRIAL)(checked, strategy, part)
     except BadInput as error:
         raise BadExperiment(source, [error]) from error
     checked._warnings = tuple(doubts(checked, settings, task, strategy))

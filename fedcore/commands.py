@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from fedcore.cli import DONE, FOLDER, INTERRUPTED, TARGET_MISSED
-from fedcore.config import Experiment, load_experiment
+from fedcore.config import Experiment, Part, load_experiment
 from fedcore.errors import BadInput, InvalidSetting, StoppedEarly
 from fedcore.progress import Figures, Progress
 from fedcore.recorder import CHECKPOINTS_FOLDER, CONFIG_FILE, REPORT_FILE
@@ -76,7 +76,7 @@ def ending_well(console: Console, folder: Path, command: str) -> Iterator[None]:
         raise
 
 
-def of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:
+def of_folder(folder: Path, overrides: Sequence[str], part: Part = "all") -> Experiment:
     """Return the experiment of a run's folder.
 
     Raises:
@@ -84,7 +84,7 @@ def of_folder(folder: Path, overrides: Sequence[str]) -> Experiment:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise BadInput(f"{folder} is not a run folder: it has no {CONFIG_FILE}. Give the folder of an earlier run.")
-    return load_experiment(folder / CONFIG_FILE, overrides)
+    return load_experiment(folder / CONFIG_FILE, overrides, part)
 
 
 def show_warnings(experiment: Experiment) -> None:
@@ -168,13 +168,13 @@ def run_flower_app(
 def check_experiment_file(file: Path, overrides: Sequence[str]) -> None:
     """Print what an experiment file means, without running it."""
     experiment = load_experiment(file, overrides)
+    rows = [(name, plain_spaces(text)) for name, text in _facts(experiment)]
     console = make_console()
     settings = yaml.safe_dump(experiment.resolved(), sort_keys=False, default_flow_style=None, width=100)
     if console.is_terminal:
         console.print(Syntax(settings, "yaml", background_color="default"))
     else:
         console.print(settings, markup=False, soft_wrap=True, end="")
-    rows = [(name, plain_spaces(text)) for name, text in _facts(experiment)]
     console.print()
     console.print(pairs(rows))
     show_warnings(experiment)

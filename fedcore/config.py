@@ -26,6 +26,8 @@ class ExistingFile(str):
 
 
 Spec = str | dict[str, Any]
+# Which part of an experiment runs on this machine, and so needs its data here.
+Part = Literal["all", "server", "client"]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
@@ -227,7 +229,7 @@ def name_of(spec: Spec) -> str:
 
 
 def load_experiment(
-    experiment: "str | Path | Mapping[str, Any] | Experiment", overrides: Sequence[str] = ()
+    experiment: "str | Path | Mapping[str, Any] | Experiment", overrides: Sequence[str] = (), part: Part = "all"
 ) -> Experiment:
     """Return a checked experiment.
 
@@ -236,6 +238,7 @@ def load_experiment(
     Args:
         experiment: a YAML file, or the mapping that one would hold.
         overrides: `key.path=value`, each on top of the file.
+        part: which part runs on this machine: a server alone needs at most test data, a client its own.
 
     Raises:
         UnreadableFile: the file is missing, or is not YAML.
@@ -243,4 +246,4 @@ def load_experiment(
     """
     from fedcore.checking import check_experiment
 
-    return check_experiment(experiment, overrides)
+    return check_experiment(experiment, overrides, part)

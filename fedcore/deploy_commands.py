@@ -66,10 +66,10 @@ def run_server(
     console = make_console()
     link = settings.link()
     if resume is not None:
-        experiment, folder = of_folder(resume, overrides), resume
+        experiment, folder = of_folder(resume, overrides, "server"), resume
     else:
         assert file is not None
-        experiment = load_experiment(file, overrides)
+        experiment = load_experiment(file, overrides, "server")
         folder = new_folder(out, experiment)
         show_warnings(experiment)
     meta[FOLDER] = folder
@@ -158,7 +158,7 @@ def run_client(file: Path, overrides: Sequence[str], settings: ClientSettings) -
     credentials = open_tls("node", settings.tls, int(settings.insecure), address)
     name = _client_name(settings.name, credentials)
     node_config = read_node_config(settings.node_config)
-    experiment = load_experiment(file, overrides)
+    experiment = load_experiment(file, overrides, "client")
     largest = None if settings.max_megabytes is None else int(settings.max_megabytes * MEGABYTE)
     allowed = None if settings.allow is None else frozenset(settings.allow)
     limits = Limits(allowed, settings.max_local_steps, settings.max_seconds, largest)

@@ -58,7 +58,8 @@ class Images(Classification):
 
     def __init__(self, path: Path | None = None, model: str | dict[str, Any] = "cnn"):
         check_model(model, self.shape, CLASSES)
-        existing(path, self.name, self.advice)
+        if path is not None:    # a server, and a client with a site of its own, do without
+            existing(path, self.name, self.advice)
         self._path, self._model = path, model
 
     def model(self) -> nn.Module:

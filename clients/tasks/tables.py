@@ -58,7 +58,8 @@ class Housing:
         if key not in KEYS:
             raise InvalidSetting("key", key, " or ".join(KEYS))
         check_model(model, (NUM_FEATURES,), 1)
-        existing(path, "housing", ADVICE)
+        if path is not None:    # a server, and a client with a site of its own, do without
+            existing(path, "housing", ADVICE)
         self._path, self._key, self._model = path, key, model
 
     def model(self) -> nn.Module:

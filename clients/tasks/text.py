@@ -49,7 +49,8 @@ class Shakespeare(Classification):
         if length < 2:
             raise InvalidSetting("length", length, "at least 2", "80 is usual.")
         check_model(model, (NUM_TOKENS,), NUM_TOKENS)
-        existing(path, "shakespeare", ADVICE)
+        if path is not None:    # a server, and a client with a site of its own, do without
+            existing(path, "shakespeare", ADVICE)
         self._path, self._length, self._model = path, length, model
 
     def model(self) -> nn.Module:

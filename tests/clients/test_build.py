@@ -104,6 +104,17 @@ def test_a_class_that_is_no_task_is_refused(own_module):
         build_task(experiment(task="own_task:Unfinished", evaluate={"where": "none"}))
 
 
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "housing", "shakespeare"])
+def test_only_whoever_needs_the_data_must_have_the_file(name):
+    settings = {"strategy": "fedavg", "task": name, "evaluate": {"where": "clients"}}
+    for part in ("server", "client"):
+        build_task(load_experiment(settings, part=part)).model()
+    with pytest.raises(BadInput, match="needs a local file"):
+        load_experiment(settings)
+    with pytest.raises(BadInput, match="needs a local file"):
+        load_experiment({**settings, "evaluate": {"where": "server"}}, part="server")
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ({"task": "digit"}, "Did you mean digits"),
     ({"task": {"name": "digits", "modell": "mlp"}}, "task.modell"),

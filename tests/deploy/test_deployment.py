@@ -52,6 +52,23 @@ def test_the_model_has_the_bits_of_the_simulation_over_mutual_tls(machines, tls,
 
 
 @pytest.mark.slow
+def test_data_stay_where_they_are(machines, tmp_path):
+    """The server has no data at all; each client reads a file of its own."""
+    header = ("longitude,latitude,housing_median_age,total_rooms,total_bedrooms,population,households,median_income,"
+              "median_house_value,ocean_proximity")
+    for index in range(2):
+        rows = [f"-122.{row},37.{row},{row % 50},{row * 9},{row},{row * 3},{row},{1 + row % 7},{100000 + row},INLAND"
+                for row in range(10 + index, 80)]
+        (tmp_path / f"records-{index}.csv").write_text("\n".join([header, *rows]) + "\n")
+    machines.write({**EXPERIMENT, "task": "housing", "evaluate": {"where": "clients"}})
+    server = machines.server()
+    clients = [machines.client(index, "--node-config", f"site=records-{index}.csv") for index in range(2)]
+    assert machines.wait(server) == 0, machines.said(server)
+    assert machines.wait_all(clients) == [0, 0]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final_loss"] > 0
+
+
+@pytest.mark.slow
 def test_status_shows_who_is_there_and_what_each_does(machines):
     machines.write({**LONG, "train": {"local_steps": 200}})
     server, _ = machines.server(), machines.clients(2)
