@@ -68,7 +68,7 @@ def test_every_built_in_name_stands_for_something_with_a_description(kind, name)
 def test_every_strategy_names_its_paper_and_kind(name):
     entry = CATALOGUE["strategies"][name]
     assert entry.paper
-    assert entry.kind.startswith(("events", "rounds"))
+    assert entry.kind.startswith(("events", "rounds", "peers"))
 
 
 def test_installed_packages_add_names():

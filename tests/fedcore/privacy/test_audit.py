@@ -102,7 +102,8 @@ def test_the_same_audit_catches_noise_that_was_turned_down_tenfold():
     assert epsilon_shown(scores(first, EPSILON, 10.0, 1), scores(second, EPSILON, 10.0, 2)) > 2 * EPSILON
 
 
-@pytest.mark.parametrize("turned_down, caught", [(1.0, False), (10.0, True)])
+# The noise is the system's own, different every time: so few messages show a thirtieth of it without fail.
+@pytest.mark.parametrize("turned_down, caught", [(1.0, False), (30.0, True)])
 def test_messages_of_a_real_client_show_no_more_than_they_claim(turned_down, caught):
     noise_multiplier, far = 4.0, {(0, 0): 3.0}
     claimed = make_budget(Schedule(), 1, 0, None, noise_multiplier, DELTA, "local", RELATION).terms.epsilon
@@ -117,6 +118,6 @@ def test_messages_of_a_real_client_show_no_more_than_they_claim(turned_down, cau
     for replaced in ({}, far):
         client, context = client_of(Records(replaced)), node_context(simulated=False)
         asks = (asked(round=index, terms=loose, noise_multiplier=noise_multiplier / turned_down)
-                for index in range(300))
+                for index in range(500))
         found.append(torch.stack([message_of(client(request(x, ask), context)) @ direction for ask in asks]))
     assert (epsilon_shown(*found) > claimed) is caught

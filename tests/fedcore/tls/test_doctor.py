@@ -148,7 +148,8 @@ def test_somebody_else_has_the_port(pki, monkeypatch):
     context.load_cert_chain(pki / "server" / "server.crt", pki / "server" / "server.key")
     with listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), context) as address:
         link, text, _ = broken(diagnose(address, pki / "alice"))
-    assert (link, text) == ("acceptance", "whoever listens there is no gRPC server")
+    # Which of the two is noticed first depends on how fast the stranger hangs up after its answer.
+    assert link == "acceptance" and text.startswith(("whoever listens there is no gRPC", "the server hangs up on us"))
 
 
 def test_somebody_who_says_nothing_does_not_hold_the_doctor_up(pki, monkeypatch):
