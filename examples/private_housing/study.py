@@ -1,8 +1,8 @@
-"""DIFF2 beside DP-GD on house prices, at epsilon 1, 3 and 5; prints the table of the README.
+"""DIFF2 beside DP-GD on house prices, at epsilon 1, 3 and 5; prints a table.
 
     python examples/private_housing/study.py housing.csv
 
-Both methods get the same budget, the same rounds, and settings tuned over about as many values; see the README.
+Both methods get the same budget and the same rounds; their other settings were found by hand (docs/algorithms/diff2.md).
 """
 import statistics
 import sys
