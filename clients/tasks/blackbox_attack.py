@@ -13,6 +13,7 @@ from fedcore.clients.data import Samples
 from fedcore.clients.models import check_model
 from fedcore.clients.modules import seeded_torch
 from fedcore.clients.task import Site
+from fedcore.clients.tasks.files import existing
 from fedcore.clients.tasks.images import CLASSES, Mnist
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.seeds import derive_seed, numpy_generator, torch_generator
@@ -61,7 +62,7 @@ class Attack(BlackBoxTask):
                 raise InvalidSetting(name, value, f"at least {least}")
         super().__init__(int(np.prod(SHAPE)), (-size, size), budget, retries, timeout_s)
         check_model(model, SHAPE, CLASSES)
-        self.mnist = Mnist(path, model)
+        self.mnist = Mnist(existing(path, "blackbox_attack", Mnist.advice), model)
         self.image, self.targeted, self.num_clients, self.seed = image, targeted, num_clients, seed
         self._training = (classes_per_client, train_steps)
 

@@ -2,7 +2,8 @@
 
     python examples/private_housing/study.py housing.csv
 
-Both methods get the same budget and the same rounds; their other settings were found by hand (docs/algorithms/diff2.md).
+Both methods get the same budget and the same rounds; their other settings were found by hand, as
+docs/algorithms/diff2.md says.
 """
 import statistics
 import sys

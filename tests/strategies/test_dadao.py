@@ -39,7 +39,7 @@ def test_it_converges_linearly_to_the_exact_optimum(graph, tmp_path):
     assert len(gaps) == 3 and gaps[1] < 0.02 * gaps[0] and gaps[2] < 1e-5
     assert run.summary["consensus_distance"] < 1e-3
     assert run.summary["gradients"] == pytest.approx(8 * 450, rel=0.08)
-    assert run.summary["exchanges"] > 0 and run.summary["failed_meetings"] == 0
+    assert run.summary["exchanges"] > 0 and not run.summary.get("failed_meetings")
 
 
 def test_the_graph_and_what_was_achieved_are_written_down(tmp_path):

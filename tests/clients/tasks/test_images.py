@@ -84,7 +84,7 @@ def test_a_deployed_client_reads_its_own_file(tmp_path):
 @pytest.mark.parametrize("task", [Mnist, Cifar10])
 def test_a_task_without_its_file_says_where_to_get_it(task, tmp_path):
     with pytest.raises(MissingData, match="set task.path.*x_train"):
-        task()
+        task().training_data()
     with pytest.raises(MissingData, match="nowhere.npz'.*x_train"):
         task(tmp_path / "nowhere.npz")
 

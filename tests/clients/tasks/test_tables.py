@@ -111,6 +111,6 @@ def test_a_file_of_something_else_is_refused(tmp_path, content, words):
 
 def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(MissingData, match="set task.path.*longitude"):
-        Housing()
+        Housing().training_data()
     with pytest.raises(InvalidSetting, match="key='county'"):
         Housing(write(tmp_path / "housing.csv", rows()), key="county")

@@ -86,6 +86,6 @@ def test_wrong_settings_are_refused(tmp_path):
     with pytest.raises(InvalidSetting, match="length=1"):
         Shakespeare(tmp_path / "play.txt", length=1)
     with pytest.raises(MissingData, match="tiny Shakespeare"):
-        Shakespeare()
+        Shakespeare().training_data()
     with pytest.raises(InvalidSetting, match="task.model"):
         Shakespeare(tmp_path / "play.txt", model="cnn")

@@ -133,9 +133,9 @@ def test_a_run_that_diverged_says_so_and_has_gaps(made_up_run):
 
 
 def test_figures_of_one_method_only_are_shown_when_present(made_up_run):
-    page = page_of(made_up_run(figures={"epsilon": 0.02, "consensus_distance": 0.5}))
+    page = page_of(made_up_run(figures={"epsilon": 0.02, "drift": 0.5}))
     assert "privacy spent (ε)" in page.words
-    assert "Consensus distance" in page.words
+    assert "Drift" in page.words
     assert "figures" in page.ids
 
 

@@ -277,7 +277,9 @@ def test_a_client_cannot_use_the_session_of_another(tmp_path):
     with GrpcGrid("127.0.0.1:0", pki.server) as grid:
         client = Client(Work()(), grid.address, 0, credentials=pki.node(0))
         wait_for(grid.get_node_ids, "the client connecting")
-        session = next(iter(grid._board.members.values())).session
+        (member,) = grid._board.members.values()
+        wait_for(lambda: member.session, "the client being connected")
+        session = member.session
 
         async def scene(channel: aio.Channel) -> grpc.StatusCode:
             with pytest.raises(aio.AioRpcError) as caught:

@@ -101,10 +101,11 @@ def test_a_node_that_is_not_there_is_refused_and_a_timeout_leaves_the_rest():
 def test_a_task_whose_time_is_over_fails_with_flowers_code():
     work = Work()
     work.gate.clear()
-    with deployed(work, 1) as (grid, _):
+    with deployed(work, 1) as (grid, (client,)):
         (node,) = grid.get_node_ids()
         expired, dropped = grid.send_and_receive([ask(node, 0, ttl=0.1), ask(node, 1, ttl=0.1)])
         assert expired.error.code == dropped.error.code == 3
+        wait_for(lambda: not client.agent._bench._queue, "the client hearing that its next task is off")
         work.gate.set()
         assert seen(only(grid.send_and_receive([ask(node, 2)]))) == [0, 2], "what was not begun was taken back"
 
