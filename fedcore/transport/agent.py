@@ -26,8 +26,8 @@ logger = logging.getLogger("fedcore")
 
 # A connection that held so long was a good one: the next attempt need not wait.
 GOOD_S = 1.0
-# For gRPC to send the last message before the connection goes.
-GOODBYE_S = 0.05
+# How long a client that leaves waits for the server to hear its goodbye, seconds.
+GOODBYE_S = 5.0
 
 
 class ClientAgent:
@@ -130,8 +130,11 @@ class ClientAgent:
             logger.warning("The task under way, or its reply, took longer than %g s; it is left.", self.drain_s)
         if self._link is not None:
             try:
+                self._over.set()
                 await self._link.tell({"kind": "bye"})
-                await asyncio.sleep(GOODBYE_S)
+                until = time.monotonic() + GOODBYE_S
+                while self._link is not None and time.monotonic() < until:    # the server hangs up when it has heard it
+                    await asyncio.sleep(0.01)
             except ConnectionError:
                 logger.info("The server could not be told that this client stops.")
 
@@ -189,6 +192,8 @@ class ClientAgent:
                 while (envelope := await link.read()) is not None:
                     limit.reschedule(asyncio.get_running_loop().time() + silence_s)
                     reason = await self._hear(link, envelope) or reason
+                    if envelope.facts.get("kind") == "bye":
+                        break    # that we hang up tells the server that it was heard
         except TimeoutError:
             reason = f"nothing was heard of the server for {silence_s:g} s"
         except MalformedFrame as error:

@@ -133,8 +133,7 @@ class Server:
             self._checking.cancel()
         for member in self.board.members.values():
             if member.connected:
-                member.outbox.put_nowait(_bye(reason, final))
-                member.outbox.put_nowait(None)
+                member.outbox.put_nowait(_bye(reason, final))    # it hangs up when it has heard this
         awaited = {member.name for member in self.board.members.values() if not member.connected} if final else set()
         until, patient_until = self.now + CLOSING_S, self.now + self.settings.linger_s
         while (any(member.connected for member in self.board.members.values()) and self.now < until) or (

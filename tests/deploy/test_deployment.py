@@ -84,14 +84,14 @@ def test_status_shows_who_is_there_and_what_each_does(machines):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_with_status_0_and_resume_goes_on_to_the_same_bits(machines, tmp_path):
-    settings = {**EXPERIMENT, "stop": {"rounds": 60}, "train": {"lr": 0.1, "local_steps": 10}}
+    settings = {**EXPERIMENT, "stop": {"rounds": 400}, "train": {"lr": 0.1, "local_steps": 10}}
     machines.write(settings)
     server, clients = machines.server(), machines.clients(2)
     machines.wait_for(server, "% t")    # it trains
     machines.send(server, signal.SIGTERM)
     assert machines.wait(server) == 0 and "fedcore server --resume run" in machines.said(server)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stop_reason"] == "interrupted" and 0 < summary["versions"] < 60
+    assert summary["stop_reason"] == "interrupted" and 0 < summary["versions"] < 400
     again = machines.server("--resume", "run")
     assert machines.wait(again) == 0 and machines.wait_all(clients) == [0, 0]
     assert same_model(tmp_path / "run", fedcore.simulate(settings, out=tmp_path / "simulated").folder)
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_ends_with_status_0_and_resume_goes_on_to_the_same_bit
 
 @pytest.mark.slow
 def test_a_client_ends_after_its_task_when_asked_and_may_come_back(machines):
-    machines.write({**EXPERIMENT, "stop": {"rounds": 40}, "train": {"lr": 0.1, "local_steps": 10}})
+    machines.write({**EXPERIMENT, "stop": {"rounds": 400}, "train": {"lr": 0.1, "local_steps": 10}})
     server, clients = machines.server(), machines.clients(2)
     machines.wait_for(clients[0], "train: ")
     machines.send(clients[0], signal.SIGTERM)
