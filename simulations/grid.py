@@ -7,11 +7,10 @@ from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedcore.clock import Event
 from fedcore.errors import NothingCanHappen
-from fedcore.flower import Run, empty_run
+from fedcore.own_grid import OwnGrid
 from fedcore.simulations.availability import Availability
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.engine import FIRST_NODE_ID, Engine
@@ -27,7 +26,7 @@ SLOW_POLL_S, MAX_QUICK_POLLS = 0.1, 1000
 MAX_HOPELESS_POLLS, MAX_WAITS = 12, 1000
 
 
-class VirtualGrid(Grid):
+class VirtualGrid(OwnGrid):
     """Runs any ServerApp's messages against any ClientApp in virtual time.
 
     A message's answer comes at `now + download + queue + work x seconds_per_step + upload`. Work is what the reply's
@@ -58,7 +57,7 @@ class VirtualGrid(Grid):
     ):
         self.num_nodes = num_nodes
         self.engine = Engine(app, num_nodes, seed, devices, network, availability, failures, workers, run_config)
-        self._run = empty_run()
+        super().__init__()
         self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
         self._heard = False                     # somebody listens to events, and must not miss any
         self._news: deque[Event] = deque()
@@ -67,21 +66,6 @@ class VirtualGrid(Grid):
         self._last_poll = 0.0
 
     # ---- Flower's interface -------------------------------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Set the run's description."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a new message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are online now.

@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from flwr.app import Error, Message, Metadata, RecordDict
-from flwr.serverapp import Grid
 
 from fedcore.clock import Event
-from fedcore.flower import SERVER_NODE_ID, Run, adopt_identity, empty_run, with_id
+from fedcore.flower import SERVER_NODE_ID, adopt_identity, with_id
+from fedcore.own_grid import OwnGrid
 from fedcore.payload import clone_content
 from fedcore.tasks import printable
 from fedcore.tls import Credentials, Identity
@@ -33,7 +33,7 @@ def log_incident(name: str, reason: str) -> None:
     logger.warning("%s: %s", printable(name), printable(reason))
 
 
-class GrpcGrid(Grid):
+class GrpcGrid(OwnGrid):
     """Runs any ServerApp's messages against clients that dial in (`ClientAgent`).
 
     Serving starts with `start`, or with the first question to the grid: a restored state must be loaded before.
@@ -69,7 +69,7 @@ class GrpcGrid(Grid):
         self._server = Server(listen, credentials, self.settings, dict(run_config or {}), refuse, on_incident,
                               kept_checkpoints, insecure_anywhere)
         self._board = self._server.board
-        self._run = empty_run()
+        super().__init__()
         self._inbox: dict[str, Message] = {}    # replies that came while something else was waited for
         self._awaited: dict[str, None] = {}     # pushed, and no reply is here
         self._news: deque[Event] = deque()
@@ -111,21 +111,6 @@ class GrpcGrid(Grid):
             self.close("the server stopped because of an error", final=False)
 
     # ---- Flower's interface -----------------------------------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Set the run's description."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a new message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Return the clients that belong to the run, ascending; one whose connection broke a moment ago still does."""
