@@ -2,7 +2,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,28 +18,6 @@ from fedcore.errors import BadInput, EmptyClient
 from fedcore.peers.seams import Trained
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
-
-
-class PeerWork(Protocol):
-    """What one peer computes. All of it follows from the inputs, the seed and how often it was asked before."""
-
-    num_examples: int
-
-    def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained: ...
-
-    def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]: ...
-
-    def displacement(
-        self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
-    ) -> tuple[Tensor, float]: ...
-
-    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor: ...
-
-    def forget_optimizer(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class PeerTraining:

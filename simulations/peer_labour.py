@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcore.clients.peer_training import PeerWork
-from fedcore.peers.seams import Board, Trained
+from fedcore.peers.seams import Board, PeerWork, Trained
 from fedcore.simulations.availability import Availability
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.failures import Failures

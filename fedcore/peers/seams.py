@@ -50,6 +50,28 @@ class Reduced(NamedTuple):
     contributors: tuple[int, ...]
 
 
+class PeerWork(Protocol):
+    """What one peer computes. All of it follows from the inputs, the seed and how often it was asked before."""
+
+    num_examples: int
+
+    def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained: ...
+
+    def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]: ...
+
+    def displacement(
+        self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
+    ) -> tuple[Tensor, float]: ...
+
+    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor: ...
+
+    def forget_optimizer(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Labour(Protocol):
     """A peer's own computing, on its own data; work takes time, and leaves its inputs as they are."""
 

@@ -2,41 +2,19 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedcore.peers.seams import Trained
+from fedcore.peers.seams import PeerWork, Trained
 
 T = TypeVar("T")
-
-
-class Work(Protocol):
-    """What one peer computes, in any thread."""
-
-    num_examples: int
-
-    def train(self, params: Tensor, buffers: Mapping[str, Tensor], steps: int) -> Trained: ...
-
-    def gradient(self, params: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, float]: ...
-
-    def displacement(
-        self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor | None
-    ) -> tuple[Tensor, float]: ...
-
-    def descend(self, params: Tensor, buffers: Mapping[str, Tensor], gradient: Tensor) -> Tensor: ...
-
-    def forget_optimizer(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ThreadLabour:
     """Computes in a thread of its own, so that the peer answers others meanwhile."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: PeerWork):
         self._work = work
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedcore-peer")
 

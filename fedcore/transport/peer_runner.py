@@ -13,10 +13,10 @@ from fedcore.checkpoint import Checkpoints
 from fedcore.errors import PeerLost
 from fedcore.peers.envelope import Envelope
 from fedcore.peers.peer import Peer
-from fedcore.peers.seams import Membership
+from fedcore.peers.seams import Membership, PeerWork
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.tls import Credentials
-from fedcore.transport.peer_labour import ThreadLabour, Work
+from fedcore.transport.peer_labour import ThreadLabour
 from fedcore.transport.peer_roster import Roster
 from fedcore.transport.peer_wire import PeerWire
 from fedcore.vectors import Model
@@ -112,7 +112,7 @@ class RealPeer:
 
     def __init__(
         self, strategy: PeerStrategy, roster: Roster, rank: int, credentials: Credentials | None, model: Model,
-        work: Work, options: PeerOptions, seed: int, checkpoints: Checkpoints | None = None,
+        work: PeerWork, options: PeerOptions, seed: int, checkpoints: Checkpoints | None = None,
         on_row: Callable[[str, dict[str, Any]], None] = lambda event, figures: None,
     ):
         self._strategy, self._roster, self._labour, self._options = strategy, roster, ThreadLabour(work), options
