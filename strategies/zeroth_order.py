@@ -165,24 +165,21 @@ class ScaffoldZo1(ZerothOrder):
         local_iterations, local_lr, local_optimizer, server_lr, directions, difference, kind, project: as for FedZO.
     """
 
+    control_kind = "probe"    # where the control variates come from
+
     def __init__(
         self, local_iterations: int = 10, local_lr: float = 0.01, local_optimizer: str = "adam", server_lr: float = 1.0,
         directions: int = 20, difference: float = 0.01, kind: str = "orthonormal", project: bool = False,
     ):
         super().__init__(Differences(local_iterations, local_lr, local_optimizer, directions, difference, kind, 0.0,
-                                     "probe", project), server_lr)
+                                     self.control_kind, project), server_lr)
 
 
-class ScaffoldZo2(ZerothOrder):
+class ScaffoldZo2(ScaffoldZo1):
     """FedZO corrected by control variates that are the means of the previous round's estimates.
 
     Args:
         local_iterations, local_lr, local_optimizer, server_lr, directions, difference, kind, project: as for FedZO.
     """
 
-    def __init__(
-        self, local_iterations: int = 10, local_lr: float = 0.01, local_optimizer: str = "adam", server_lr: float = 1.0,
-        directions: int = 20, difference: float = 0.01, kind: str = "orthonormal", project: bool = False,
-    ):
-        super().__init__(Differences(local_iterations, local_lr, local_optimizer, directions, difference, kind, 0.0,
-                                     "previous", project), server_lr)
+    control_kind = "previous"
