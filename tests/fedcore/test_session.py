@@ -150,10 +150,12 @@ def test_it_saves_when_it_is_time_to(tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == expected
 
 
-def test_without_a_folder_nothing_is_saved():
-    saving = session(ScriptedGrid())
+def test_without_a_folder_nothing_is_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saving = session(ScriptedGrid(), save_every_s=0.0)
     saving.open()
-    saving.safe_point()
+    saving.safe_point()    # would be due
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(tmp_path):

@@ -299,17 +299,3 @@ def test_the_loop_refuses_to_be_used_wrongly():
     loop.close()
     with pytest.raises(RuntimeError, match="closed"):
         loop.run_forever()
-
-
-def test_throughput_is_printed_for_whoever_asks(capsys):
-    async def main():
-        await asyncio.gather(*(repeat() for _ in range(100)))
-
-    async def repeat():
-        for _ in range(100):
-            await asyncio.sleep(0.1)
-
-    started = time.perf_counter()
-    run_virtual(main())
-    with capsys.disabled():
-        print(f"\n{10_000 / (time.perf_counter() - started):,.0f} timers/s", end=" ")

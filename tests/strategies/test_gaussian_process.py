@@ -91,6 +91,7 @@ def test_small_changes_do_not_factor_anew(monkeypatch):
     for first in range(1, 8):
         names = list(range(first, first + 50))
         process.condition(names, points[names], values[names])
+        assert sorted(process._names) == names
 
 
 def test_a_linear_function_shows_its_direction():
