@@ -28,7 +28,7 @@ from proxy import Proxy  # noqa: E402 (a neighbour, wherever this is run from)
 
 CLIENTS = 3
 UPDATES = 60            # of the run that keeps count
-ROUNDS = 8              # of the runs whose bits are compared
+ROUNDS = 40             # of the runs whose bits are compared
 LONGEST_S = 120.0       # a run that takes longer hangs
 FAULTS = ("kill_server", "kill_client", "stop_server", "stop_client", "cut", "cut_mid_transfer", "slow_link",
           "partition", "terminate_server", "jump_clock")
@@ -167,8 +167,8 @@ class Night:
 
     def go(self) -> None:
         """Let things break, and mend them."""
-        for _ in range(self.random.randint(1, 4)):
-            self._pause(self.random.uniform(0.0, 0.6))
+        for number in range(self.random.randint(1, 4)):
+            self._pause(self.random.uniform(0.0, 0.6) if number else 0.0)    # a night without a fault shows nothing
             if self.federation.nursery.ended(self.federation.server or 0) is not None:
                 return    # the run was over before anything else could happen
             fault = self.random.choice(FAULTS)
@@ -307,14 +307,15 @@ def scenario(nursery: Nursery, folder: Path, seed: int, say: Callable[[str], Non
     federation = Federation(nursery, folder / f"night-{seed}", experiment(kind, seed % 2))
     with federation.up():
         until = time.monotonic() + LONGEST_S
-        moment = random.Random(seed).randrange(0, 12)
-        while federation.versions() < min(moment, ROUNDS - 2) and nursery.ended(federation.server or 0) is None:
+        moment = random.Random(seed).randrange(0, ROUNDS // 2)
+        while federation.versions() < moment and nursery.ended(federation.server or 0) is None:
             assert time.monotonic() < until, f"the run does not begin; see the logs in {federation.folder}"
             time.sleep(0.01)
         night = Night(federation, seed)
         night.go()
         status = federation.wait(federation.server)
         say(f"{kind}: {', '.join(night.said)}")
+        assert night.said, "the run was over before anything happened: nothing was shown"
         assert status == 0, f"the server ended with {status} after {night.said}; see {federation.folder}/server.log"
         if kind == "ledger":
             check_ledger(federation.run)
@@ -337,9 +338,10 @@ def main() -> None:
     chosen = parser.parse_args()
     nursery = Nursery()
     folder = Path(tempfile.mkdtemp(prefix="fedcore-faults-"))
+    seeds = chosen.only or range(chosen.first, chosen.first + chosen.scenarios)
     failed = 0
     for turn in range(chosen.times):
-        for seed in chosen.only or range(chosen.first, chosen.first + chosen.scenarios):
+        for seed in seeds:
             said: list[str] = []
             try:
                 scenario(nursery, folder, seed, said.append)
@@ -348,7 +350,7 @@ def main() -> None:
                 word, failed = f"FAILED: {error}", failed + 1
             print(f"{turn + 1}.{seed:03d} {word:8s} {' '.join(said)}", flush=True)
     nursery.close()
-    print(f"{chosen.times * chosen.scenarios - failed} passed, {failed} failed" + (f"; see {folder}" if failed else ""))
+    print(f"{chosen.times * len(seeds) - failed} passed, {failed} failed" + (f"; see {folder}" if failed else ""))
     sys.exit(1 if failed else 0)
 
 
