@@ -21,7 +21,8 @@ class Counters:
 
     Attributes:
         bytes_sent, bytes_received: as the wire format counts them.
-        exchanges: conversations with other peers that came about, reductions included.
+        exchanges: conversations with other peers that came about and in which this peer took part, reductions
+            included; of one between two peers both ends count one.
         gradients: minibatch gradients computed.
         updates: pieces of local work done (`train`, `gradient`, `displacement`).
         compute_s: time spent computing.

@@ -29,6 +29,8 @@ Apply = Callable[[int, Tensor, Tensor, float], None]
 
 # In doubt, a peer asks again after so many times its timeout, doubling up to the limit.
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 16.0
+# In the end, a partner is reminded of a commit after so many times what its vote took to come, doubling, too.
+REMINDING_TRIPS = 2.0
 
 
 class Turn:
@@ -67,6 +69,21 @@ class Bound:
     patience: float = FIRST_PATIENCE
 
 
+@dataclass(slots=True, eq=False)
+class Commit:
+    """A meeting that this peer has applied, and whose partner has not said yet that it has, too.
+
+    Attributes:
+        at: when it was applied, on the run's clock.
+        remind_at: when the partner is reminded, on the event loop's clock.
+        patience_s: between two reminders, seconds.
+    """
+
+    at: float
+    remind_at: float
+    patience_s: float
+
+
 class Meeting:
     """A kind of pairwise exchange.
 
@@ -84,7 +101,7 @@ class Meeting:
         self._offer, self._apply, self._timeout_s = offer, apply, timeout_s
         self._counts: dict[int, int] = {}                             # proposals made, by partner
         self._asked: dict[tuple[int, int], asyncio.Future[Tensor | None]] = {}
-        self._commits: dict[int, dict[int, float]] = {}               # by partner and number: when it was applied
+        self._commits: dict[int, dict[int, Commit]] = {}              # by partner and number
         self._seen: dict[int, int] = {}                               # newest proposal, by initiator
         self._bound: dict[int, dict[int, Bound]] = {}                 # by initiator and number
         self._idle: list[asyncio.Future[None]] = []
@@ -115,14 +132,15 @@ class Meeting:
             await my_turn
         mine = self._offer()
         self._asked[partner, number] = answer
-        timer = loop.call_later(self._timeout_s, _settle, answer)
-        self._post(partner, "propose", number, mine, commits=dict(self._commits.get(partner, {})))
+        timer, asked_at = loop.call_later(self._timeout_s, _settle, answer), loop.time()
+        remembered = {old: commit.at for old, commit in self._commits.get(partner, {}).items()}
+        self._post(partner, "propose", number, mine, commits=remembered)
         theirs = await answer
         timer.cancel()
         del self._asked[partner, number]
         if theirs is not None:
-            at = self._peer.now
-            self._commits.setdefault(partner, {})[number] = at
+            at, patience_s = self._peer.now, REMINDING_TRIPS * (loop.time() - asked_at) or self._timeout_s
+            self._commits.setdefault(partner, {})[number] = Commit(at, loop.time() + patience_s, patience_s)
             self._apply(partner, mine, theirs, at)
             self._peer.counters.exchanges += 1
         else:
@@ -144,9 +162,9 @@ class Meeting:
 
     def _on_ask(self, partner: int, number: int, _: Envelope) -> None:
         """Say what became of a proposal; while its vote is still awaited, nothing is decided."""
-        at = self._commits.get(partner, {}).get(number)
-        if at is not None:
-            self._post(partner, "commit", number, at=at)
+        commit = self._commits.get(partner, {}).get(number)
+        if commit is not None:
+            self._post(partner, "commit", number, at=commit.at)
         elif (partner, number) not in self._asked:
             self._post(partner, "abort", number)
 
@@ -202,6 +220,7 @@ class Meeting:
         bound = self._bound.get(initiator, {}).pop(number, None)
         if bound is not None:
             self._apply(initiator, bound.mine, bound.theirs, at)
+            self._peer.counters.exchanges += 1
             self._peer.turn.leave(bound)
             self._wake_idle()
         self._post(initiator, "done", number)
@@ -246,18 +265,25 @@ class Meeting:
 
     async def drain(self) -> None:
         """Wait until everything is settled; partners that have not confirmed are reminded."""
-        patience = FIRST_PATIENCE
+        loop = asyncio.get_running_loop()
         while self.is_open:
-            loop = asyncio.get_running_loop()
+            due = [commit.remind_at for commits in self._commits.values() for commit in commits.values()]
             idle: asyncio.Future[None] = loop.create_future()
             self._idle.append(idle)
-            timer = loop.call_later(patience * self._timeout_s, _settle, idle)
+            # A vote that is in doubt asks by itself.
+            timer = loop.call_at(max(min(due), loop.time()), _settle, idle) if due else None
             await idle
-            timer.cancel()
-            patience = min(2 * patience, MOST_PATIENCE)
-            for partner in sorted(self._commits):
-                for number, at in sorted(self._commits[partner].items()):
-                    self._post(partner, "commit", number, at=at)
+            if timer is not None:
+                timer.cancel()
+            self._remind(loop.time())
+
+    def _remind(self, now: float) -> None:
+        for partner in sorted(self._commits):
+            for number, commit in sorted(self._commits[partner].items()):
+                if commit.remind_at <= now:
+                    self._post(partner, "commit", number, at=commit.at)
+                    commit.patience_s = min(2 * commit.patience_s, MOST_PATIENCE * self._timeout_s)
+                    commit.remind_at = now + commit.patience_s
 
     def _wake_idle(self) -> None:
         if self._idle and not self.is_open:

@@ -22,7 +22,8 @@ def peers(run: Run, facts: Facts) -> Section | None:
     exchanges = number(run.summary.get("exchanges"))
     if exchanges is None or run.summary.get("consensus_distance") is None:
         return None
-    intro = f"{int(exchanges):,} exchanges; {data_size(run.summary.get('bytes_up'))} sent by all peers together."
+    intro = (f"{int(exchanges):,} exchanges, each counted at every peer that took part; "
+             f"{data_size(run.summary.get('bytes_up'))} sent by all peers together.")
     share = number(run.summary.get("waiting_share"))
     if share is not None:
         intro += f" Peers spent {percent(share)} of their time waiting for each other."

@@ -48,7 +48,11 @@ def test_the_sum_over_all_peers_is_kept_whatever_is_lost(loss, exclusive, tmp_pa
     assert (held.mean(0) - 3.5).abs().max() < 1e-13
     assert (held - 3.5).abs().max() < 0.5
     totals = simulation.host.totals
-    assert totals["exchanges"] > 60 and (totals["failed_meetings"] > 50) == (loss > 0)
+    # Both ends count a meeting. Clocks tick 640 times on average, and no tick is lost while losses are dealt with,
+    # except where a peer that is in doubt holds its turn.
+    attempted = totals["exchanges"] / 2 + totals["failed_meetings"]
+    assert attempted > (400 if loss and exclusive else 560) and (totals["failed_meetings"] > 50) == (loss > 0)
+    assert totals["exchanges"] % 2 == 0
 
 
 def test_a_peer_takes_part_in_one_exclusive_meeting_at_a_time(tmp_path):
