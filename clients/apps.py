@@ -25,6 +25,9 @@ EVALUATE_METRICS = ("num-examples", "work-steps")
 OFFER = ",".join(KINDS)
 
 
+PEER = "peer"
+PEER_ACTIONS = (f"train.{PEER}", f"query.{PEER}")
+
 # What one message is answered by.
 Answering = Callable[[Message, Context], Message]
 
@@ -41,6 +44,14 @@ class Client(Protocol):
     def describe(self, context: Context) -> RecordDict: ...
 
     def estimate(self, message: Message, context: Context) -> Estimate | None: ...
+
+
+class PeerActions(Protocol):
+    """What a node answers where peers talk to each other."""
+
+    def query(self, message: Message, context: Context) -> Message: ...
+
+    def train(self, message: Message, context: Context) -> Message: ...
 
 
 class EstimatingApp(ClientApp):
@@ -70,7 +81,14 @@ class EstimatingApp(ClientApp):
         if (answer := getattr(client, "private_answer", None)) is not None:
             self.train(PRIVATE_ACTION, mods=list(mods or []))(answer)
 
+    def add_peer(self, peer: PeerActions, private: bool = False) -> None:
+        """Answer to a server that hosts peers, too: `query.peer` and `train.peer`."""
+        self.train(PEER)(_unless_private(private, peer.train))
+        self.query(PEER)(_unless_private(private, peer.query))
+
     def _estimate(self, message: Message, context: Context) -> Estimate | None:
+        if message.metadata.message_type in PEER_ACTIONS:
+            return None    # how long peers talk to each other nobody knows beforehand
         found = self.client.estimate(message, context)
         if found is None or message.metadata.message_type != MessageType.TRAIN:
             return found

@@ -13,6 +13,7 @@ from fedcore.clients.task import PartitionedTask, Task
 from fedcore.clients.torch_client import torch_client
 from fedcore.config import Experiment, Part
 from fedcore.errors import InvalidSetting
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.registry import build, resolve
 
 # Of each client's examples, when clients evaluate and the experiment does not say how much.
@@ -96,6 +97,9 @@ def build_client(experiment: Experiment, task: Task | None = None) -> Estimating
     """
     task = build_task(experiment) if task is None else task
     mods = [mod for name, mod in CLIENT_MODS.items() if experiment.strategy_name == name]
+    kind = resolve("strategies", experiment.strategy_name)
     # A class of the user's own may say so too.
-    private = bool(getattr(resolve("strategies", experiment.strategy_name), "keeps_records_private", False))
-    return torch_client(task, train_settings(experiment), mods, private)
+    private = bool(getattr(kind, "keeps_records_private", False))
+    of_peers = issubclass(kind, PeerStrategy) if isinstance(kind, type) else False
+    peers: Any = experiment.build_strategy() if of_peers else None
+    return torch_client(task, train_settings(experiment), mods, private, peers)

@@ -14,6 +14,7 @@ from fedcore.clients.evaluation import measure
 from fedcore.clients.gradient import GradientRequest, answer, answer_bytes, stochastic_gradient
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
+from fedcore.clients.peer_client import PeerClient
 from fedcore.clients.private import PrivateClient
 from fedcore.clients.requests import Request, site_of
 from fedcore.clients.schedules import make_schedule
@@ -36,6 +37,7 @@ from fedcore.payload import (
     single_record,
     wire_bytes,
 )
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.seeds import derive_seed, torch_generator
 from fedcore.vectors import FlatModule
 
@@ -46,7 +48,8 @@ PROGRESS, STEPS_DONE = "fedcore.progress", "steps-done"
 
 
 def torch_client(
-    task: Task, settings: TrainSettings | None = None, mods: Sequence[Mod] | None = None, private: bool = False
+    task: Task, settings: TrainSettings | None = None, mods: Sequence[Mod] | None = None, private: bool = False,
+    peers: PeerStrategy | None = None,
 ) -> EstimatingApp:
     """Return a Flower ClientApp that trains a task.
 
@@ -58,11 +61,16 @@ def torch_client(
         settings: what requests leave open.
         mods: Flower's client mods for training, such as its clipping mods.
         private: answer to nothing but queries and private requests, and say nothing of the labels.
+        peers: take part in this strategy of peers when a server hosts it; the same as the server's.
     """
     settings = settings or TrainSettings()
     if hasattr(task, "client_app"):
-        return task.client_app(settings)
-    return EstimatingApp(TorchClient(task, settings, private), mods, private)
+        app = task.client_app(settings)
+    else:
+        app = EstimatingApp(TorchClient(task, settings, private), mods, private)
+    if peers is not None and isinstance(app, EstimatingApp):
+        app.add_peer(PeerClient(task, settings, peers), private)
+    return app
 
 
 class TorchClient:

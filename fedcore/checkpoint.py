@@ -195,6 +195,12 @@ def freeze(tree: Any) -> Frozen:
     return Frozen(text, encoder.tensors)
 
 
+def thaw(frozen: Frozen) -> Any:
+    """Return a frozen tree as it was; its tensors are shared."""
+    body = json.loads(frozen.text)
+    return _Decoder(frozen.tensors, [_layout_from_json(layout) for layout in body["layouts"]]).decode(body["tree"])
+
+
 def save_tree(path: Path, tree: Any) -> None:
     """Write a tree, or a frozen one, to one file, atomically: the file is whole, or it is not there.
 
@@ -244,8 +250,7 @@ def load_tree(path: Path) -> Any:
     text = bytes(tensors.pop(TREE, torch.empty(0, dtype=torch.uint8)).numpy()).decode(errors="replace")
     if _digest(text, tensors) != metadata.get("digest"):
         raise UnusableCheckpoint(f"{path} is damaged: its checksum does not match.")
-    body = json.loads(text)
-    return _Decoder(tensors, [_layout_from_json(layout) for layout in body["layouts"]]).decode(body["tree"])
+    return thaw(Frozen(text, tensors))
 
 
 class Checkpoints:

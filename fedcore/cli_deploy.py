@@ -77,6 +77,11 @@ fedcore client experiment.yaml --server fl.example.org:9400 --tls tls --node-con
 fedcore client experiment.yaml --server fl.example.org:9400 --tls tls --node-config site=records.npz
 
 fedcore client experiment.yaml --server 127.0.0.1:9400 --insecure --name site-0 --node-config partition-id=0
+
+[bold]Strategies of peers[/] (noloco, diloco, co2, dadao, ...): clients dial each other, too.
+
+fedcore client experiment.yaml --server fl.example.org:9400 --tls tls --node-config partition-id=0 \
+--peer-listen 0.0.0.0:9444 --peer-advertise a.example.org:9444
 """
 
 
@@ -108,6 +113,12 @@ def client(
     max_megabytes: Annotated[float | None, typer.Option(
         min=0.001, metavar="MB", help="Refuse messages larger than this."
     )] = None,
+    peer_listen: Annotated[str | None, typer.Option(
+        metavar="HOST:PORT", show_default=False, help="Strategies of peers: where this client listens to the others."
+    )] = None,
+    peer_advertise: Annotated[str | None, typer.Option(
+        metavar="HOST:PORT", show_default=False, help="Where the others dial it, if that is another address."
+    )] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help=INSECURE)] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what fedcore and Flower log.")] = False,
 ) -> None:
@@ -124,7 +135,7 @@ def client(
     show_logs(verbose)
     settings = ClientSettings(
         server, tls, insecure, name, tuple(node_config or ()), state, None if allow is None else tuple(allow),
-        max_local_steps, max_seconds, max_megabytes,
+        max_local_steps, max_seconds, max_megabytes, peer_listen, peer_advertise,
     )
     raise typer.Exit(run_client(file, overrides or (), settings))
 

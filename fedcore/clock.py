@@ -85,6 +85,11 @@ class PolledGrid:
     def now(self) -> float:
         return self._clock.now
 
+    @property
+    def nodes_meet(self) -> bool:
+        """Whether nodes work at the same time, and could talk to each other."""
+        return not getattr(self._grid, "simulated", False)
+
     def get_node_ids(self) -> list[int]:
         """Return the nodes that are online, ascending; who came and went since the first question becomes an event."""
         found = dict.fromkeys(sorted(self._grid.get_node_ids()))

@@ -115,6 +115,19 @@ class Round(Section):
     task_timeout_s: Positive = 43_200.0
 
 
+class Peers(Section):
+    """How a server hosts a strategy of peers.
+
+    Attributes:
+        segment: how long peers are by themselves between two meetings with the server, which evaluates, saves, and lets
+            others join: steps; seconds for strategies that stop by time.
+        lost_after_s: a peer that the others could not reach for so long takes no further part in a segment.
+    """
+
+    segment: Positive = 10
+    lost_after_s: Positive = 30.0
+
+
 class Checkpoint(Section):
     """How often a run is saved (wall-clock seconds; 0: whenever possible), and how many checkpoints are kept."""
 
@@ -174,6 +187,7 @@ class Experiment(Section):
     stop: Stop = Stop()
     evaluate: Evaluate = Evaluate()
     round: Round = Round()
+    peers: Peers = Peers()
     seed: Annotated[int, Ge(0)] = 0
     initial_model: Annotated[str, ExistingFile(), DocInfo("the path of a .safetensors file")] | None = None
     checkpoint: Checkpoint = Checkpoint()

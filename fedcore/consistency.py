@@ -19,7 +19,15 @@ def contradictions(experiment: Experiment, task: Any, strategy: Any) -> list[Bad
     found = [*_training(experiment), *_ending(experiment), *_evaluating(experiment, task)]
     found += [*_taking_part(experiment, strategy), *_compressing(experiment, strategy)]
     found += [*_only_evaluating(experiment, task, strategy), *_keeping_private(experiment, strategy)]
-    return [*found, *_suiting(task, strategy)]
+    return [*found, *_suiting(task, strategy), *_hosting(experiment, strategy)]
+
+
+def _hosting(experiment: Experiment, strategy: Any) -> list[BadInput]:
+    """Refuse segments of broken steps."""
+    segment = experiment.peers.segment
+    if segment != int(segment) and not getattr(strategy, "by_time", True):
+        return [InvalidSetting("peers.segment", segment, f"a whole number of steps with {experiment.strategy_name}")]
+    return []
 
 
 def _training(experiment: Experiment) -> list[BadInput]:

@@ -17,6 +17,7 @@ from fedcore.config import Experiment, load_experiment
 from fedcore.deploy import Address, Deployment, ServerLink, ask_status, open_tls, read_node_config
 from fedcore.errors import BadInput, LinkRefused, StoppedEarly
 from fedcore.launch import new_folder, one_torch_thread, quiet_flower
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.progress import Progress
 from fedcore.recorder import Listener
 from fedcore.report.scales import seconds
@@ -146,6 +147,27 @@ class ClientSettings:
     max_local_steps: int | None
     max_seconds: float | None
     max_megabytes: float | None
+    peer_listen: str | None = None
+    peer_advertise: str | None = None
+
+    def as_peer(self, experiment: Experiment) -> dict[str, str]:
+        """Return what the node's configuration says to other peers, where the experiment has any.
+
+        Raises:
+            BadInput: others could not reach this client, or nobody will want to.
+        """
+        given = {"peer-listen": self.peer_listen, "peer-advertise": self.peer_advertise,
+                 "peer-tls": None if self.tls is None else str(self.tls.absolute())}
+        if not isinstance(experiment.build_strategy(), PeerStrategy):
+            if self.peer_listen or self.peer_advertise:
+                raise BadInput(f"--peer-listen and --peer-advertise are for strategies of peers; with "
+                               f"{experiment.strategy_name} clients talk to the server alone. Leave them out.")
+            return {}
+        from fedcore.clients.peer_client import Door
+
+        found = {key: value for key, value in given.items() if value is not None}
+        Door.of({**read_node_config(self.node_config), **found})
+        return found
 
 
 def run_client(file: Path, overrides: Sequence[str], settings: ClientSettings) -> int:
@@ -159,6 +181,7 @@ def run_client(file: Path, overrides: Sequence[str], settings: ClientSettings) -
     name = _client_name(settings.name, credentials)
     node_config = read_node_config(settings.node_config)
     experiment = load_experiment(file, overrides, "client")
+    node_config |= settings.as_peer(experiment)
     largest = None if settings.max_megabytes is None else int(settings.max_megabytes * MEGABYTE)
     allowed = None if settings.allow is None else frozenset(settings.allow)
     limits = Limits(allowed, settings.max_local_steps, settings.max_seconds, largest)

@@ -236,6 +236,18 @@ class PeerLost(FedcoreError):
         return type(self), (self.rank,)
 
 
+class StateMissing(PeerLost):
+    """A peer is to go on where others are, and none of them knows where that is."""
+
+    def __init__(self, rank: int):
+        FedcoreError.__init__(self, f"Nobody has the state from which peer {rank} is to go on.")
+        self.rank = rank
+
+
+class StrategyMismatch(FedcoreError):
+    """A node was set up for another strategy of peers, or for other settings, than the server."""
+
+
 class MalformedFrame(FedcoreError):
     """Bytes on the link that no sender of ours can have written."""
 

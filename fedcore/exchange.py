@@ -167,8 +167,19 @@ class Exchange(Accounts):
             self._end(task, "cancelled", 0)
             task.abandoned = True
 
-    def collect(self, sent: Sequence[Task], deadline_s: float | None = None, min_replies: int | None = None) -> Replies:
-        """Wait for the answers to tasks that were sent (see `ask`)."""
+    def is_busy(self, node: Node) -> bool:
+        """Say whether a node still owes an answer that nobody waits for any longer."""
+        return any(task.node.id == node.id and task.abandoned and not task.ended for task in self._tasks.values())
+
+    def collect(
+        self, sent: Sequence[Task], deadline_s: float | None = None, min_replies: int | None = None,
+        enough: Callable[[Sequence[Answer], Sequence[Node]], bool] = lambda arrived, awaited: False,
+    ) -> Replies:
+        """Wait for the answers to tasks that were sent (see `ask`).
+
+        Args:
+            enough: given the answers and whom is still waited for, says whether to wait no longer.
+        """
         self.end_unread()
         deadline_s = self._round_deadline_s(sent) if deadline_s is None else deadline_s
         # 0.07 x 100 is a little more than 7.
@@ -178,7 +189,9 @@ class Exchange(Accounts):
         waiting = {task.id for task in sent}
         arrived: dict[int, Answer] = {}
         missing: dict[int, Failure] = {}
-        while waiting and not (self._now >= limit and len(arrived) >= least):
+        nodes = {task.id: task.node for task in sent}
+        while waiting and not (self._now >= limit and len(arrived) >= least) and not enough(
+                list(arrived.values()), [nodes[task_id] for task_id in sorted(waiting)]):
             outcome = self.next_outcome(None if math.isinf(limit) or self._now >= limit else limit)
             for found in self.note_membership(outcome) if isinstance(outcome, Event) else [outcome]:
                 if found.task_id in waiting:
@@ -188,7 +201,8 @@ class Exchange(Accounts):
         for task in sent:
             if task.id in waiting:
                 task.abandoned = True
-                missing[task.id] = Failure(task.node, task.id, f"no answer within {deadline_s} s", 3, task.action)
+                reason = "it was not waited for" if deadline_s is None else f"no answer within {deadline_s} s"
+                missing[task.id] = Failure(task.node, task.id, reason, 3, task.action)
         by_partition = sorted(sent, key=lambda task: task.node.partition)
         return Replies([arrived[task.id] for task in by_partition if task.id in arrived],
                        [missing[task.id] for task in by_partition if task.id in missing])

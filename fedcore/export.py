@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fedcore import __version__
-from fedcore.config import Experiment, load_experiment
+from fedcore.config import load_experiment
 from fedcore.errors import BadInput
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import write_atomically
@@ -79,7 +79,12 @@ In Flower's own simulation, on Ray:
 
 Settings: `-c 'set="train.lr=0.1 stop.rounds=5" out="/data/run-1"'`. A node's own, such as where its data are:
 `--node-config "partition-id=0 set='task.path=/data/site.npz'"`.
-{paths}'''
+{peers}{paths}'''
+PEERS_NOTE = '''
+The nodes talk to each other, not through the SuperLink: each says where the others can dial it and with which
+certificate, `--node-config "partition-id=0 peer-listen='0.0.0.0:9444' peer-advertise='a.example.org:9444'
+peer-tls='/etc/fedcore/tls'"`, and they all need to run at the same time.
+'''
 PATHS_NOTE = '''
 These settings name files, which have to be there on the machines that read them: {names}.
 '''
@@ -95,10 +100,9 @@ def export_app(file: str | Path, folder: str | Path, overrides: Sequence[str] = 
         overrides: `key.path=value`, as the command's `--set`.
 
     Raises:
-        BadInput: the experiment or the folder cannot be used, or the strategy needs a link between clients.
+        BadInput: the experiment or the folder cannot be used.
     """
     settings, folder = load_experiment(file, overrides), Path(folder)
-    _check_strategy(settings)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists and is not empty. Choose another folder, or remove it first.")
     resolved = settings.resolved()
@@ -108,6 +112,7 @@ def export_app(file: str | Path, folder: str | Path, overrides: Sequence[str] = 
         "version": __version__, "count": settings.clients.count, "last": settings.clients.count - 1,
     }
     names = [path for path, _ in named_files(resolved, "")]
+    words["peers"] = PEERS_NOTE if isinstance(settings.build_strategy(), PeerStrategy) else ""
     words["paths"] = PATHS_NOTE.format(names=", ".join(names)) if names else ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,13 +126,6 @@ def export_app(file: str | Path, folder: str | Path, overrides: Sequence[str] = 
     except OSError as error:
         raise BadInput(f"{folder} cannot be written to: {error.strerror}.") from error
     return folder
-
-
-def _check_strategy(settings: Experiment) -> None:
-    """Raise `BadInput` for strategies whose clients talk to each other: Flower's clients cannot."""
-    if isinstance(settings.build_strategy(), PeerStrategy):
-        raise BadInput(f"The clients of {settings.strategy_name} talk to each other, and Flower's clients talk to a "
-                       "SuperLink only. Run it with `fedcore simulate`.")
 
 
 def app_name(folder: Path) -> str:

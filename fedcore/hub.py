@@ -119,7 +119,7 @@ class Hub(CompressingExchange):
         if weights is not None:
             row["weights"] = list(weights)
         self.recorder.metric(self._now, "update", **row, **figures)
-        if self._evaluation_is_due():
+        if self.evaluation_is_due(self.version - 1):
             self.evaluate()
 
     def set_timer(self, name: str, at: float) -> None:
@@ -226,13 +226,17 @@ class Hub(CompressingExchange):
 
     def accept(self, answer: Answer, reply: Reply) -> None:
         """Count an answer that is used as `reply`."""
+        self.count_work(answer, 1, reply.local_steps)
+
+    def count_work(self, answer: Answer, updates: int, local_steps: int) -> None:
+        """Count an answer that is used, and what its client did for it."""
         assert answer.task is not None
         self.failures_in_a_row.pop(answer.node.partition, None)
         self.errors_in_a_row.pop(answer.node.partition, None)
         self.barren = 0
-        self.totals["client_updates"] += 1
-        self.totals["client_steps"] += reply.local_steps
-        self._end(answer.task, "ok", answer.bytes_up, reply.local_steps)
+        self.totals["client_updates"] += updates
+        self.totals["client_steps"] += local_steps
+        self._end(answer.task, "ok", answer.bytes_up, local_steps)
 
     def restore_reply(self, state: Mapping[str, Any]) -> Reply:
         """Make a reply again from `Reply.state()`, after a restart."""

@@ -21,6 +21,8 @@ from fedcore.config import Experiment
 from fedcore.errors import BadInput
 from fedcore.hub import Hub
 from fedcore.options import Evaluation, RunOptions, StopRule
+from fedcore.peers.hosting import HostedPeers, HostRules
+from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -263,10 +265,12 @@ class Launch(ABC):
 
 
 def driver(settings: Experiment) -> HubStrategy:
-    """Return an experiment's strategy, ready to be driven; Flower's own are wrapped."""
+    """Return an experiment's strategy, ready to be driven; Flower's own are wrapped, and those of peers hosted."""
     strategy = settings.build_strategy()
     if isinstance(strategy, HubStrategy):
         return strategy
+    if isinstance(strategy, PeerStrategy):
+        return HostedPeers(strategy, HostRules(settings.peers.segment, settings.peers.lost_after_s))
     given = settings.strategy if isinstance(settings.strategy, dict) else {}
     inner: Strategy | None = strategy
     while inner is not None:

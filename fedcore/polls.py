@@ -26,12 +26,14 @@ class Polls(Exchange):
         model: the current global model.
         seed: of the run.
         scores: the best and the latest evaluation.
+        beside: figures that go into the row of every evaluation, besides the model's.
     """
 
     def __init__(self, grid: HubGrid, model: Model, options: RunOptions, recorder: Recorder | None = None):
         super().__init__(grid, options, recorder)
         self.model, self.seed = model, options.seed
         self.scores = Scores(due_s=options.evaluation.every)
+        self.beside: dict[str, Any] = {}
         self._polls: dict[int, Poll] = {}         # evaluations under way at the clients, by version
         self._record: tuple[Model, VectorRecord] | None = None
 
@@ -60,11 +62,15 @@ class Polls(Exchange):
             content = RecordDict({ARRAYS: self.model_record(), CONFIG: config})
             self.send_to(node, MessageType.EVALUATE, content, for_poll=True)
 
-    def _evaluation_is_due(self) -> bool:
-        """Say whether this version is to be evaluated: every so many versions, or the first after so many seconds."""
+    def evaluation_is_due(self, before: int) -> bool:
+        """Say whether this version is to be evaluated: every so many versions, or the first after so many seconds.
+
+        Args:
+            before: the version before this one.
+        """
         rule = self.options.evaluation
         if rule.unit == "versions":
-            return self.version % rule.every == 0
+            return self.version // rule.every > before // rule.every
         if self._now < self.scores.due_s:
             return False
         # Counted from the start, not from now, so that the period does not drift.
@@ -134,7 +140,7 @@ class Polls(Exchange):
     def record_evaluation(self, figures: Mapping[str, float], version: int, where: str, **details: Any) -> None:
         """Write an evaluation, and stop the run when it reaches the target."""
         self.counts["evaluations"] += 1
-        ours = {"version": version, "where": where, **self.totals, **details}
+        ours = {"version": version, "where": where, **self.totals, **self.beside, **details}
         # A client may call its figures what it likes, but not what we call ours.
         theirs = {name: value for name, value in figures.items() if name not in (*ours, "time_s", "event")}
         self.recorder.metric(self._now, "evaluate", **{"version": version, "where": where, **theirs, **ours})

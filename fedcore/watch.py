@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedcore.peers.segments import TRAIN as TRAIN_PEER
 from fedcore.report.scales import count, data_size, seconds
 from fedcore.tasks import printable
 from fedcore.terminal import plain_spaces, table
@@ -26,7 +27,7 @@ def doing_words(node: Snapshot) -> str:
         return f"away for {seconds(node['away_s'])}"
     if node["doing"] == "idle":
         return "idle"
-    action = {"train": "training", "evaluate": "evaluating"}.get(node["action"], node["action"])
+    action = {"train": "training", TRAIN_PEER: "training", "evaluate": "evaluating"}.get(node["action"], node["action"])
     words = {"waiting": "is sent its work", "working": action, "uploading": "sends its answer",
              "arrived": "waits for the server"}
     return f"{words.get(node['doing'], node['doing'])} for {seconds(node['doing_s'])}"

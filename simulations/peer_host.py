@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedcore.checkpoint import Checkpoints
 from fedcore.evaluation import Scores
 from fedcore.options import Evaluation, StopRule
+from fedcore.peers.consensus import mean_and_distance
 from fedcore.recorder import Recorder
 from fedcore.simulations.peer_board import Report
 from fedcore.vectors import Model
@@ -25,24 +25,6 @@ MAIN_TOTALS = {"client_updates": "updates", "client_steps": "gradients", "bytes_
 
 # Returns a model's figures; the rank says on whose data, where clients evaluate (None: on all, weighted by examples).
 Measure = Callable[[Model, int | None], Mapping[str, float]]
-
-
-def mean_and_distance(vectors: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """Return the mean of vectors, shape (d,), and their root mean square distance from it.
-
-    Sums run in the given order, in float64; equal vectors have themselves as their mean, to the bit.
-    """
-    first = vectors[0]
-    if all(vector is first or torch.equal(vector, first) for vector in vectors[1:]):
-        return first, 0.0
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for vector in vectors:
-        total += vector
-    mean = total / len(vectors)
-    squares = 0.0
-    for vector in vectors:
-        squares += float((vector - mean).square().sum())
-    return mean.to(first.dtype), math.sqrt(squares / len(vectors))
 
 
 def mean_model(model: Model, reports: "Sequence[Report]") -> tuple[Model, float]:

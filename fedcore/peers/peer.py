@@ -138,6 +138,15 @@ class Peer:
         self.counters = Counters(**saved["counters"])
         self._unfinished = list(saved["pending"])
 
+    @property
+    def restored(self) -> Any:
+        """The strategy's state that `restore` starts from."""
+        return self._restored
+
+    def take_up(self, reductions: list[dict[str, Any]]) -> None:
+        """Let `resume` begin these reductions, in place of those that were saved."""
+        self._unfinished = reductions
+
     def resume(self) -> None:
         """Take up the reductions that were under way; once the run's clock stands where it stood."""
         for inputs in self._unfinished:
@@ -381,7 +390,9 @@ class Peer:
         return task
 
     def close(self) -> None:
-        """Cancel what was spawned."""
+        """Cancel what was spawned, and the reductions that are under way."""
         for task in self._spawned:
             task.cancel()
+        for underway in self._underway.values():
+            underway.cancel()
         self._spawned = []

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedcore.config import Experiment
-from fedcore.errors import BadInput
+from fedcore.peers.hosting import HostedPeers, HostRules
 from fedcore.peers.peer import Peer
 from fedcore.strategy import OwnStrategy
 
@@ -56,12 +56,26 @@ class PeerStrategy(OwnStrategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        rules: HostRules | None = None,
     ) -> Result:
-        """Refuse: in a ServerApp everything passes through the server, and peers talk to each other.
+        """Host the peers from any Flower ServerApp: the server introduces them to each other, and never averages.
 
-        Raises:
-            BadInput: always.
+        The nodes' ClientApp is `torch_client(task, settings, peers=...)` with the same strategy; their configuration
+        says where they listen (`peer-listen`, `peer-advertise`) and with which certificate (`peer-tls`).
+
+        Args:
+            grid: any Flower grid whose nodes can dial each other.
+            initial_arrays: the model that all peers start from.
+            num_rounds: steps; by time, a round is as many gradients as there are peers.
+            timeout: seconds that a segment may take.
+            train_config: `seed` in it is the run's.
+            evaluate_config: not used.
+            evaluate_fn: called with the version and the mean of all peers' models, after each segment.
+            rules: how long peers are by themselves, and when one of them counts as lost.
+
+        Returns:
+            Its arrays are the mean of the peers' models.
         """
-        raise BadInput(
-            f"{type(self).__name__} runs on the peers, not in a ServerApp. Simulate it with `fedcore simulate`."
-        )
+        return HostedPeers(self, rules).start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)

@@ -23,6 +23,10 @@ class Underway:
         """Say whether the result is there."""
         return self._future.done()
 
+    def cancel(self) -> None:
+        """Give up: nobody will ask for the result any more."""
+        self._future.cancel()
+
     def __await__(self) -> Generator[Any, None, Reduced]:
         began = self._peer.now
         result = yield from self._future.__await__()

@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedcore.errors import InvalidSetting, MissingSetting
 from fedcore.transport.wire import NAME
@@ -30,10 +30,17 @@ class Roster:
 
     Attributes:
         run: the run's name; messages of other runs are refused.
+        absent: ranks that take no part at present.
     """
 
     run: str
     peers: tuple[Entry, ...]
+    absent: frozenset[int] = frozenset()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Who takes part, ascending."""
+        return tuple(rank for rank in range(len(self.peers)) if rank not in self.absent)
 
     @classmethod
     def of(cls, source: Path | Mapping[str, Any]) -> "Roster":
@@ -56,6 +63,13 @@ class Roster:
             if twice is not None:
                 raise InvalidSetting(f"peers.{name}", twice, "different for every peer")
         return cls(run, peers)
+
+    @classmethod
+    def of_members(cls, run: str, members: Mapping[int, Entry]) -> Self:
+        """Return the roster of those with some ranks."""
+        nobody, count = Entry("", ""), max(members) + 1
+        absent = frozenset(rank for rank in range(count) if rank not in members)
+        return cls(run, tuple(members.get(rank, nobody) for rank in range(count)), absent)
 
     def rank_of(self, name: str) -> int:
         """Return a peer's rank.

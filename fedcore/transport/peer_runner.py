@@ -117,7 +117,7 @@ class RealPeer:
     ):
         self._strategy, self._roster, self._labour, self._options = strategy, roster, ThreadLabour(work), options
         self._checkpoints, self._on_row = checkpoints, on_row
-        self._others = {other for other in range(len(roster.peers)) if other != rank}
+        self._others = {other for other in roster.ranks if other != rank}
         self._heard: dict[str, set[int]] = {READY: set(), ENDED: set(), GOODBYE: set()}
         self._donated: asyncio.Future[Envelope] | None = None
         self.wire = PeerWire(roster, rank, credentials, self._take, self._incident, model.layout.num_bytes)
@@ -149,15 +149,21 @@ class RealPeer:
         """Take note of peers that cannot be reached any more."""
         while True:
             for rank in sorted(self._others - self.peer.mailbox.lost):
-                if self.wire.silent_for(rank) > self._options.lost_after_s:
-                    self._on_row("lost", {"peer": self._roster.peers[rank].name})
-                    self.peer.lose(rank)
+                if self._is_gone(rank):
+                    self._lose(rank)
             await asyncio.sleep(min(1.0, self._options.lost_after_s / 4))
 
-    async def _gather(self, word: str, within_s: float = math.inf) -> None:
+    def _is_gone(self, rank: int) -> bool:
+        return self.wire.silent_for(rank) > self._options.lost_after_s
+
+    def _lose(self, rank: int) -> None:
+        self._on_row("lost", {"peer": self._roster.peers[rank].name})
+        self.peer.lose(rank)
+
+    async def _gather(self, word: str, within_s: float = math.inf, tag: str = "") -> None:
         """Say a word to all, and wait until all who live have said it."""
         for rank in sorted(self._others):
-            self.peer.post(rank, word, "", 0, {})
+            self.peer.post(rank, word, tag, 0, {})
         until = time.monotonic() + within_s
         while not self._others - self.peer.mailbox.lost <= self._heard[word] and time.monotonic() < until:
             await asyncio.sleep(POLL_S)
@@ -174,10 +180,14 @@ class RealPeer:
         plain = None if state is None else {name: value for name, value in state.items() if name not in tensors}
         data = {"params": params, **{f"state.{name}": value for name, value in tensors.items()},
                 **{f"buffer.{name}": value for name, value in buffers.items()}}
-        self.peer.post(to, STATE, "", step, data, {"step": step, "plain": plain})
+        self.peer.post(to, STATE, "", step, data, {"step": step, "plain": plain, **self._beside()})
 
-    async def _rejoin(self) -> None:
-        """Start from what the first living peer that answers has.
+    def _beside(self) -> dict[str, Any]:
+        """Return what a newcomer is told besides the state."""
+        return {}
+
+    async def _rejoin(self) -> Envelope:
+        """Start from what the first living peer that answers has; returns its answer.
 
         Raises:
             PeerLost: nobody answers.
@@ -195,6 +205,7 @@ class RealPeer:
         state = None if plain is None else {**plain, **parts["state."]}
         self.peer.start_from(state, given.data["params"], parts["buffer."], given.meta["step"])
         self._on_row("rejoined", {"from": self._roster.peers[given.source].name, "step": given.meta["step"]})
+        return given
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 

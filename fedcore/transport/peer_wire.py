@@ -38,6 +38,16 @@ class Refusal(Exception):
     """Why a caller is turned away."""
 
 
+class NotYet(Exception):
+    """Why a caller is to come again: it is in a later segment of this run."""
+
+
+def comes_later(theirs: object, ours: str) -> bool:
+    """Say whether a caller's `RUN/NUMBER` is a later segment of the same run."""
+    (run, _, number), (our_run, _, our_number) = str(theirs).rpartition("/"), ours.rpartition("/")
+    return run == our_run != "" and number.isdecimal() and our_number.isdecimal() and int(number) > int(our_number)
+
+
 class PeerWire:
     """Carries a peer's messages to the others of its roster, and theirs to it.
 
@@ -87,14 +97,19 @@ class PeerWire:
         await server.start()
         self._server = server
         hello = hello_of(self._roster.run, self._rank, own.name)
-        for rank, entry in enumerate(self._roster.peers):
+        for rank in self._roster.ranks:
             if rank != self._rank:
+                entry = self._roster.peers[rank]
                 self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank)
 
     def silent_for(self, rank: int) -> float:
         """Return for how long a peer could not be reached, seconds."""
         since = self._links[rank].silent_since
         return 0.0 if since is None else asyncio.get_running_loop().time() - since
+
+    def refusal(self, rank: int) -> str | None:
+        """Return why a peer will not talk to this one, if it said so."""
+        return self._links[rank].refused
 
     async def drain(self, within_s: float) -> None:
         """Wait until everything was delivered, or for so many seconds."""
@@ -157,6 +172,8 @@ class PeerWire:
         except Refusal as error:
             self._on_incident(caller, str(error))
             await context.write(pack({"kind": "refused", "reason": str(error)}))
+        except NotYet as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except (MalformedFrame, TooSlow, TimeoutError) as error:
             reason = str(error) or f"it said nothing for {WELCOME_S:g} s"
             self._on_incident(caller, reason)
@@ -171,9 +188,11 @@ class PeerWire:
         rank, name = hello.get("rank"), hello.get("name")
         if hello.get("protocol") != PROTOCOL:
             raise Refusal(f"you speak version {shown(hello.get('protocol'))} of the protocol, not {PROTOCOL}")
+        if comes_later(hello.get("run"), self._roster.run):
+            raise NotYet(f"this peer is still in {self._roster.run}")
         if hello.get("run") != self._roster.run:
             raise Refusal(f"you belong to the run {shown(hello.get('run'))}, and this is {self._roster.run}")
-        if type(rank) is not int or not 0 <= rank < len(self._roster.peers) or rank == self._rank:
+        if type(rank) is not int or rank not in self._roster.ranks or rank == self._rank:
             raise Refusal(f"you say that your rank is {shown(rank)}")
         entry = self._roster.peers[rank]
         if name != entry.name:

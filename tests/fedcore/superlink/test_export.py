@@ -78,14 +78,10 @@ def test_a_folder_with_something_in_it_is_refused(experiment, tmp_path):
         export_app(experiment, tmp_path / "full")
 
 
-def test_a_strategy_of_peers_is_refused(experiment, tmp_path):
-    (tmp_path / "talkative.py").write_text(
-        "from fedcore.peers.strategy import PeerStrategy\n\nclass Talkative(PeerStrategy):\n"
-        "    async def run(self, peer):\n        pass\n"
-    )
-    with pytest.raises(BadInput, match="The clients of talkative:Talkative talk to each other"):
-        export_app(experiment, tmp_path / "app", ["strategy=talkative:Talkative"])
-    assert not (tmp_path / "app").exists()
+def test_an_app_of_peers_says_what_its_nodes_need(experiment, tmp_path):
+    folder = export_app(experiment, tmp_path / "app", ["strategy=noloco"])
+    assert "peer-listen='0.0.0.0:9444'" in (folder / "README.md").read_text()
+    assert "peer-listen" not in (export_app(experiment, tmp_path / "other") / "README.md").read_text()
 
 
 @pytest.mark.parametrize("folder, name", [("my_app", "my-app"), ("3 apps", "fedcore-3-apps"), ("ä", "fedcore"),
