@@ -31,6 +31,7 @@ TREE = "tree"
 NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 # Most values of a large tree: they are asked for first.
 PLAIN = frozenset((type(None), bool, int, float, str))
+MOST_KEPT_KEYS = 32
 SCALAR_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
@@ -41,6 +42,7 @@ class _Encoder:
         self.tensors: dict[str, Tensor] = {}
         self.layouts: list[Layout] = []
         self._names: dict[int, str] = {}
+        self._plain_keys: set[tuple[str, ...]] = set()
         self._keep: list[Any] = []    # ids stay unique only while the objects live
 
     def encode(self, value: Any) -> Any:
@@ -51,7 +53,7 @@ class _Encoder:
         if isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, dict):
-            if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            if self._all_plain(tuple(value)):
                 return {key: item if type(item) in PLAIN else self.encode(item) for key, item in value.items()}
             return {"$map": [self.encode(list(value)), self.encode(list(value.values()))]}
         if isinstance(value, list):
@@ -65,6 +67,15 @@ class _Encoder:
         if isinstance(value, bytes):
             return {"$bytes": base64.b64encode(value).decode()}
         return self._encode_flower(value)
+
+    def _all_plain(self, keys: tuple[Any, ...]) -> bool:
+        """Say whether JSON can hold these keys as they are; thousands of mappings have the same ones."""
+        if keys in self._plain_keys:
+            return True
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in keys)
+        if plain and len(keys) <= MOST_KEPT_KEYS:
+            self._plain_keys.add(keys)
+        return plain
 
     def _encode_flower(self, value: Any) -> Any:
         if isinstance(value, Model):

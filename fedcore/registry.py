@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -80,7 +81,13 @@ class Signature:
 
 
 def _installed(kind: str) -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=f"fedcore.{kind}")}
+    return _scan(f"fedcore.{kind}", tuple(sys.path))
+
+
+@lru_cache(maxsize=64)
+def _scan(group: str, places: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Return what packages in these places register; reading their metadata takes milliseconds, so it is done once."""
+    return {entry.name: entry for entry in entry_points(group=group)}
 
 
 def names(kind: str) -> list[str]:

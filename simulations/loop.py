@@ -76,7 +76,7 @@ class VirtualTimer(asyncio.TimerHandle):
     """A planned callback that knows its place in the heap."""
 
     __slots__ = ("entry",)
-    entry: Entry | None
+    entry: Entry
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
@@ -123,32 +123,38 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_later(
         self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> VirtualTimer:
-        return self._plan(self._now + delay, TIMER, 0, callback, args, context)
+        return self._plan(self._now + delay, callback, args, context)
 
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> VirtualTimer:
-        return self._plan(when, TIMER, 0, callback, args, context)
+        return self._plan(when, callback, args, context)
 
-    def deliver_at(self, when: float, tie: int, callback: Callable[[*Ts], object], *args: *Ts) -> VirtualTimer:
-        """Plan the arrival of a message: before all timers of that moment, and among arrivals by `tie`."""
-        return self._plan(when, DELIVERY, tie, callback, args, None)
+    def deliver_at(self, when: float, tie: int, callback: Callable[[*Ts], object], *args: *Ts) -> Entry:
+        """Plan the arrival of a message: before all timers of that moment, and among arrivals by `tie`.
 
-    def _plan(
-        self, when: float, priority: int, tie: int, callback: Callable[..., object], args: tuple[Any, ...],
-        context: Context | None,
-    ) -> VirtualTimer:
+        It is lighter than a timer: the callback runs in the loop's own context. `heap.cancel` takes it back.
+        """
+        if not when < math.inf:
+            return self._never(when)
+        return self.heap.push(when, DELIVERY, tie, (callback, args))
+
+    def _never(self, when: float) -> Entry:
+        """Return an entry that is in no heap: what is planned for the end of time must not hide a deadlock."""
         if math.isnan(when):
             raise ValueError("the time of an event is not a number")
+        return Entry(when, None, cancelled=True)
+
+    def _plan(
+        self, when: float, callback: Callable[..., object], args: tuple[Any, ...], context: Context | None
+    ) -> VirtualTimer:
         timer = VirtualTimer(when, callback, args, self, context)
-        # What is planned for the end of time never happens, so it must not keep a deadlock from being noticed.
-        timer.entry = None if when == math.inf else self.heap.push(when, priority, tie, timer)
+        timer.entry = self.heap.push(when, TIMER, 0, timer) if when < math.inf else self._never(when)
         return timer
 
     def _timer_handle_cancelled(self, handle: VirtualTimer) -> None:
         """asyncio calls this when a timer is cancelled."""
-        if handle.entry is not None:
-            self.heap.cancel(handle.entry)
+        self.heap.cancel(handle.entry)
 
     # ---- running ------------------------------------------------------------------------------------------------
 
@@ -171,6 +177,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 self._drain()
                 if not self._stopping and not self._ready:
                     self._next_moment()
+                    self._raise_failure()
         finally:
             self._running = self._stopping = False
             asyncio._set_running_loop(None)
@@ -184,8 +191,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             if not handle.cancelled():
                 handle._run()
             if self._failure is not None:
-                failure, self._failure = self._failure, None
-                raise failure
+                self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _next_moment(self) -> None:
         """Take the result of the oldest job, or move the clock to the next event."""
@@ -195,9 +206,21 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         elif self.heap.next_at() is not None:
             entry = self.heap.pop()
             self._now = max(self._now, entry.at)
-            self._ready.append(entry.item)
+            item = entry.item
+            if type(item) is tuple:    # a delivery
+                self._deliver(*item)
+            else:
+                item._run()
         else:
             raise NothingCanHappen(self._deadlock())
+
+    def _deliver(self, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            callback(*args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # as asyncio's own handles do
+            self.call_exception_handler({"message": f"Exception in {callback!r}", "exception": error})
 
     def _deadlock(self) -> str:
         waiting = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())

@@ -1,6 +1,11 @@
 """Python's garbage collector, and a simulation's many small objects."""
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+
+# So many more objects were made than freed since the collector last looked; Python's own figure is 700.
+YOUNG_OBJECTS = 50_000
 
 
 @cache
@@ -14,3 +19,18 @@ def exempt_what_is_loaded() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def collecting_rarely() -> Iterator[None]:
+    """Let the collector look less often, for as long as this lasts.
+
+    The messages of thousands of peers are hundreds of thousands of objects that live for a moment of virtual time and
+    are in no cycle: looking at them was a quarter of the time of a run of 8,192 peers.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(YOUNG_OBJECTS, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)

@@ -1,4 +1,5 @@
 """How long messages travel."""
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,8 +78,9 @@ class Network:
 
     def seconds_per_byte(self, source: int, to: int) -> float:
         """Return what a byte takes from one node to another, before jitter."""
-        limits = [values.of(node) for values, node in ((self._up, source), (self._down, to)) if values is not None]
-        return SECONDS_PER_BYTE_AT_1_MBPS / min(limits) if limits else 0.0
+        up = math.inf if self._up is None else self._up.of(source)
+        down = math.inf if self._down is None else self._down.of(to)
+        return SECONDS_PER_BYTE_AT_1_MBPS / min(up, down)
 
     @classmethod
     def from_settings(cls, section: Mapping[str, Any] | None, seed: int, num_nodes: int,

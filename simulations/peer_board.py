@@ -96,7 +96,7 @@ class VirtualBoard:
         try:
             await woken
         finally:
-            handle.cancel()
+            self._loop.heap.cancel(handle)
 
     # ---- membership -------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class Reduction:
     """A mean over all members that is under way."""
 
     members: tuple[int, ...]
+    places: dict[int, int]    # by rank
     contributions: dict[int, Contribution]
 
 
@@ -122,11 +123,12 @@ class VirtualWire:
         """
         reduction = self._reductions.get((tag, round))
         if reduction is None:
-            reduction = self._reductions[tag, round] = Reduction(peer.members, {})
+            reduction = self._reductions[tag, round] = Reduction(
+                peer.members, {rank: place for place, rank in enumerate(peer.members)}, {})
         if not is_finite({ALONE: vector}):
             peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
             vector, weight = torch.zeros_like(vector), 0.0
-        count, place = len(reduction.members), reduction.members.index(peer.rank)
+        count, place = len(reduction.members), reduction.places[peer.rank]
         peer.counters.bytes_sent += ring_bytes(vector, count, place)
         peer.counters.bytes_received += ring_bytes(vector, count, (place - 1) % count)
         future: asyncio.Future[Reduced] = self._loop.create_future()
@@ -146,6 +148,8 @@ class VirtualWire:
 
     def _try_to_finish(self, tag: str, round: int) -> None:
         reduction = self._reductions[tag, round]
+        if len(reduction.contributions) < len(reduction.members) - len(self.gone):
+            return    # whoever else is missing: looking at all members each time would take N squared steps
         ranks = [rank for rank in reduction.members if rank not in self.gone or rank in reduction.contributions]
         if len(reduction.contributions) < len(ranks):
             return
@@ -176,11 +180,12 @@ class VirtualWire:
         following = [*ranks[1:], ranks[0]]
         links = [self._network.between(source, to, index, 1) for source, to in zip(ranks, following, strict=True)]
         per_byte, latency = np.array([link[0] for link in links]), np.array([link[1] for link in links])
-        members = np.arange(count)
+        twice = np.concatenate([sizes, sizes])
 
         def sending(hop: int) -> np.ndarray:
-            # Member i begins with chunk i, and passes on what it received the hop before.
-            return np.asarray(sizes[(members - hop) % count] * per_byte)
+            # Member i begins with chunk i, and passes on what it received the hop before: chunk i - hop.
+            first = -hop % count
+            return np.asarray(twice[first:first + count] * per_byte)
 
         times: list[float] = ring_times(began, sending, latency).tolist()
         return times

@@ -38,7 +38,7 @@ from fedcore.simulations.availability import Availability
 from fedcore.simulations.devices import Devices
 from fedcore.simulations.failures import Failures
 from fedcore.simulations.loop import make_loop
-from fedcore.simulations.memory import exempt_what_is_loaded
+from fedcore.simulations.memory import collecting_rarely, exempt_what_is_loaded
 from fedcore.simulations.network import Network
 from fedcore.simulations.peer_board import Report, VirtualBoard
 from fedcore.simulations.peer_host import Measure, PeerHost
@@ -135,7 +135,7 @@ class PeerSimulation:
 
     def play(self, resuming: bool = False) -> None:
         """Let the peers run, to the end of the run; metrics and checkpoints are written, the rest of the folder not."""
-        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+        with collecting_rarely(), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._main(resuming))
 
     async def _main(self, resuming: bool) -> None:

@@ -1,7 +1,7 @@
 """What the methods have in common whose peers talk to their neighbours in a graph only."""
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fedcore.edge_rates import edge_shares
@@ -25,15 +25,26 @@ class MemberGraph:
 
     def node(self, rank: int) -> int:
         """Return a member's node."""
-        return self.members.index(rank)
+        return self._nodes[rank]
+
+    @cached_property
+    def _nodes(self) -> dict[int, int]:
+        return {rank: node for node, rank in enumerate(self.members)}
+
+    @cached_property
+    def _rows(self) -> dict[int, dict[int, float]]:
+        return {}    # of the Metropolis matrix, as far as they were asked for
 
     def neighbours(self, rank: int) -> tuple[int, ...]:
         """Return the ranks that share an edge with a member, ascending."""
-        return tuple(self.members[node] for node in self.graph.neighbours(self.node(rank)))
+        return tuple([self.members[node] for node in self.graph.neighbours(self.node(rank))])
 
-    def mixing_weights(self, rank: int) -> dict[int, float]:
+    def mixing_weights(self, rank: int) -> Mapping[int, float]:
         """Return a member's row of the Metropolis matrix by rank, ascending, its own included."""
-        return {self.members[node]: weight for node, weight in mixing_weights(self.graph, self.node(rank)).items()}
+        if rank not in self._rows:
+            self._rows[rank] = {
+                self.members[node]: weight for node, weight in mixing_weights(self.graph, self.node(rank)).items()}
+        return self._rows[rank]
 
     def rates_of(self, rates: EdgeRates, rank: int) -> dict[int, float]:
         """Return the rates of a member's edges that are used, by the rank at the other end."""
@@ -69,6 +80,7 @@ class GraphStrategy(PeerStrategy):
         self.edge_rates = edge_rates
         self.num_nodes: int | None = None
         self._graphs = lru_cache(maxsize=8)(self._graph)
+        self._latest: tuple[tuple[int, ...], int, MemberGraph] | None = None
         self._shares = lru_cache(maxsize=8)(edge_shares)
 
     def check_clients(self, count: int) -> None:
@@ -86,7 +98,12 @@ class GraphStrategy(PeerStrategy):
 
     def members_graph(self, peer: Peer) -> MemberGraph:
         """Return the graph of those who take part in the present step; the same at all of them."""
-        return self._graphs(peer.members, max(self.num_nodes or 0, peer.members[-1] + 1), peer.seed)
+        latest = self._latest
+        # Recognised by identity: hashing thousands of members at every call would cost more than the rest of a step.
+        if latest is None or latest[0] is not peer.members or latest[1] != peer.seed:
+            count = max(self.num_nodes or 0, peer.members[-1] + 1)
+            latest = self._latest = (peer.members, peer.seed, self._graphs(peer.members, count, peer.seed))
+        return latest[2]
 
     def _graph(self, members: tuple[int, ...], count: int, seed: int) -> MemberGraph:
         whole = self.topology.graph(count, seed)

@@ -1,5 +1,6 @@
 """What a peer gets from a group, and what it has done."""
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from fedcore.peers.envelope import Payload
@@ -47,4 +48,8 @@ class Counters:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a copy by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return dict(zip(NAMES, _values(self), strict=True))
+
+
+NAMES = tuple(field.name for field in fields(Counters))
+_values = attrgetter(*NAMES)

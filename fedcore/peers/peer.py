@@ -11,6 +11,7 @@ from fedcore.peers.counters import Counters, Offers
 from fedcore.peers.envelope import Envelope, Payload, named, payload_bytes
 from fedcore.peers.mailbox import Mailbox
 from fedcore.peers.meeting import Apply, Meeting, Offer, Turn
+from fedcore.peers.roll import from_checkpoint, to_checkpoint
 from fedcore.peers.seams import Board, Labour, Wire
 from fedcore.peers.steps import Steps, as_plain
 from fedcore.peers.ticks import Ticks
@@ -124,7 +125,7 @@ class Peer:
         return {
             "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
             "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
-            "members": list(self.members), "epoch": self.epoch, "pending": pending, "at": self.now,
+            "members": to_checkpoint(self.members), "epoch": self.epoch, "pending": pending, "at": self.now,
             "counters": self.counters.as_dict(), "loss": self.loss,
         }
 
@@ -132,7 +133,7 @@ class Peer:
         """Continue from what `state_dict` returned; reductions under way begin again, with their inputs."""
         self._restored, self.params, self.buffers = saved["state"], saved["params"], saved["buffers"]
         self.step, self.clocks, self.loss = saved["step"], dict(saved["clocks"]), saved["loss"]
-        self.members, self.epoch = tuple(saved["members"]), saved["epoch"]
+        self.members, self.epoch = from_checkpoint(saved["members"]), saved["epoch"]
         self.labour.load_state_dict(saved["labour"])
         self.wire.load_state_dict(self.rank, saved["wire"])
         self.counters = Counters(**saved["counters"])

@@ -34,20 +34,21 @@ def ring_sum(vectors: Sequence[Tensor]) -> Tensor:
     if size >= LONG_CHUNK * count or vectors[0].nbytes * count > MOST_STACKED_BYTES:
         return _sum_by_chunks(vectors)
     length = -(-size // count)
+    # Of more members than elements the first chunks hold one element each, and the others none.
+    used = min(count, size)
     # Row i of the table is member i's vector, cut into chunks and filled up to equal length.
-    table = torch.zeros(count, count, length, dtype=vectors[0].dtype)
-    bounds = chunk_bounds(size, count)
+    table = torch.zeros(count, used, length, dtype=vectors[0].dtype)
     longer = size % count
     stacked = torch.stack(list(vectors))
     split = longer * length
     table[:, :longer, :] = stacked[:, :split].view(count, longer, length)
     if size > split:
-        table[:, longer:, :bounds[-1][1] - bounds[-1][0]] = stacked[:, split:].view(count, count - longer, -1)
-    chunks = torch.arange(count)
+        table[:, longer:, :size // count] = stacked[:, split:].view(count, count - longer, -1)
+    chunks = torch.arange(used)
     total = table[chunks, chunks]
     for hop in range(1, count):
         total += table[(chunks + hop) % count, chunks]
-    parts = [total[:longer].reshape(-1), total[longer:, :bounds[-1][1] - bounds[-1][0]].reshape(-1)]
+    parts = [total[:longer].reshape(-1), total[longer:, :size // count].reshape(-1)]
     return torch.cat(parts)
 
 
@@ -90,7 +91,10 @@ def ring_times(began: Sequence[float], sending: Callable[[int], np.ndarray], lat
     """
     ready = np.array(began, dtype=np.float64)
     free = ready
+    arriving = np.empty_like(ready)
     for hop in range(2 * (len(ready) - 1)):
         free = np.maximum(ready, free) + sending(hop)
-        ready = np.maximum(ready, np.roll(free + latency, 1))
+        arrives = free + latency
+        arriving[1:], arriving[0] = arrives[:-1], arrives[-1]
+        ready = np.maximum(ready, arriving)
     return ready

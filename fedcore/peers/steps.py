@@ -1,5 +1,6 @@
 """The steps of a run, for one peer."""
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -32,5 +33,10 @@ class Steps:
 def as_plain(state: Any) -> Any:
     """Return a strategy's state as a mapping of its fields."""
     if is_dataclass(state) and not isinstance(state, type):
-        return {field.name: getattr(state, field.name) for field in fields(state)}
+        return {name: getattr(state, name) for name in _names(type(state))}
     return state if state is None else dict(state)
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

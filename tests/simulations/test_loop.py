@@ -198,6 +198,13 @@ def test_exceptions_surface_from_tasks_and_callbacks():
     with pytest.raises(ZeroDivisionError):
         run_virtual(main())
 
+    async def deliver():
+        asyncio.get_running_loop().deliver_at(1, 0, lambda: {}["nothing"])
+        await asyncio.sleep(5)
+
+    with pytest.raises(KeyError, match="nothing"):
+        run_virtual(deliver())
+
 
 def test_the_failure_of_a_task_that_nobody_awaits_ends_the_run():
     async def fail():

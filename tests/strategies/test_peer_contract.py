@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from fedcore.checkpoint import Checkpoints
+from fedcore.peers.roll import from_checkpoint
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.registry import build, names, resolve
 from fedcore.runs import Run
@@ -88,3 +90,13 @@ def test_a_run_leaves_its_folder(name, tmp_path):
         assert row["start_s"] + parts == pytest.approx(row["end_s"])
     page = (tmp_path / "report.html").read_text()
     assert "Loss of the mean model and of the peers" in page and "Bytes sent by each peer" in page
+
+
+def test_a_checkpoint_holds_the_list_of_members_once(tmp_path):
+    play(make("noloco"), tmp_path, PEERS, **world("noloco")[1])
+    saved, _ = Checkpoints(tmp_path / "checkpoints").load_newest()
+    lists = [peer["members"] for peer in saved["peers"].values()]
+    assert len(lists) == PEERS and all(held is lists[0] for held in lists)
+    loaded = [from_checkpoint(held) for held in lists]
+    assert loaded[0] == tuple(range(PEERS)) and all(members is loaded[0] for members in loaded)
+    assert from_checkpoint([0, 2]) == (0, 2)    # as earlier versions wrote them
