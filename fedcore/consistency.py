@@ -149,7 +149,13 @@ def _compressing(experiment: Experiment, strategy: Any) -> list[BadInput]:
     reason = getattr(strategy, "no_compression", "")
     if name in CLIPPED_BY_CLIENTS:
         reason = "What a client adds from its memory is not clipped, so the noise would not protect it."
-    return [InvalidSetting("compression", experiment.compression, f"left out with {name}", reason)] if reason else []
+    if reason:
+        return [InvalidSetting("compression", experiment.compression, f"left out with {name}", reason)]
+    try:
+        getattr(strategy, "check_compression", lambda *_: None)(experiment.compression, experiment.clients.count)
+    except BadInput as error:
+        return [error]
+    return []
 
 
 def _keeping_private(experiment: Experiment, strategy: Any) -> list[BadInput]:

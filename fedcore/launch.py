@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from fedcore.checkpoint import Checkpoints
 from fedcore.compressed import Compression
 from fedcore.config import Experiment
-from fedcore.errors import BadInput
+from fedcore.errors import BadInput, InvalidSetting
 from fedcore.hub import Hub
 from fedcore.options import Evaluation, RunOptions, StopRule
 from fedcore.peers.hosting import HostedPeers, HostRules
@@ -270,6 +270,9 @@ def driver(settings: Experiment) -> HubStrategy:
     if isinstance(strategy, HubStrategy):
         return strategy
     if isinstance(strategy, PeerStrategy):
+        if settings.compression is not None:
+            raise InvalidSetting("compression", settings.compression, "left out where a server hosts peers",
+                                 "`fedcore simulate` and `fedcore peer` compress what peers send.")
         return HostedPeers(strategy, HostRules(settings.peers.segment, settings.peers.lost_after_s))
     given = settings.strategy if isinstance(settings.strategy, dict) else {}
     inner: Strategy | None = strategy

@@ -13,6 +13,7 @@ from fedcore.cli import DONE, INTERRUPTED
 from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.launch import make_folder, one_torch_thread
+from fedcore.peers.packing import packing_for
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
@@ -124,7 +125,8 @@ def run_peer(
 
     with one_torch_thread():
         peer = RealPeer(strategy, roster, rank, credentials, model, work, peer_options(experiment, strategy),
-                        experiment.seed, Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row)
+                        experiment.seed, Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row,
+                        packing_for(experiment, model.layout, rank))
         running = submit(peer.run(listen, resume, rejoin))
         status = DONE
         try:

@@ -1,7 +1,7 @@
 """Messages between peers in virtual time."""
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore.peers.envelope import ALONE, Envelope, is_finite, payload_bytes
+from fedcore.peers.packing import Packed
 from fedcore.peers.peer import Peer
 from fedcore.peers.ring import chunk_bounds, ring_bytes, ring_sum, ring_times
 from fedcore.peers.seams import Reduced
@@ -24,7 +25,7 @@ from fedcore.simulations.network import Network
 class Contribution:
     """What a member brought to a reduction, and when."""
 
-    vector: Tensor
+    vector: Tensor | Packed
     weight: float
     began: float
     future: "asyncio.Future[Reduced]"
@@ -114,9 +115,9 @@ class VirtualWire:
     # ---- reductions -------------------------------------------------------------------------------------------------
 
     def all_reduce(
-        self, peer: Peer, vector: Tensor, tag: str, round: int, weight: float, began: float
+        self, peer: Peer, vector: Tensor | Packed, tag: str, round: int, weight: float, began: float
     ) -> "asyncio.Future[Reduced]":
-        """Contribute to a ring all-reduce; its time is worked out when everybody has contributed.
+        """Contribute to a mean over a ring; its time is worked out when everybody has contributed.
 
         The sums are those of the ring, bit for bit; so are the times, on links without jitter that carry nothing else
         meanwhile. With jitter, each link has one factor for the whole reduction.
@@ -125,12 +126,16 @@ class VirtualWire:
         if reduction is None:
             reduction = self._reductions[tag, round] = Reduction(
                 peer.members, {rank: place for place, rank in enumerate(peer.members)}, {})
-        if not is_finite({ALONE: vector}):
-            peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
-            vector, weight = torch.zeros_like(vector), 0.0
         count, place = len(reduction.members), reduction.places[peer.rank]
-        peer.counters.bytes_sent += ring_bytes(vector, count, place)
-        peer.counters.bytes_received += ring_bytes(vector, count, (place - 1) % count)
+        if isinstance(vector, Packed):
+            peer.counters.bytes_sent += vector.bytes_sent(count)
+            peer.counters.bytes_received += vector.bytes_sent(count)
+        else:
+            if not is_finite({ALONE: vector}):
+                peer.log(refused_from=peer.rank, reason="not finite", tag=tag)
+                vector, weight = torch.zeros_like(vector), 0.0
+            peer.counters.bytes_sent += ring_bytes(vector, count, place)
+            peer.counters.bytes_received += ring_bytes(vector, count, (place - 1) % count)
         future: asyncio.Future[Reduced] = self._loop.create_future()
         reduction.contributions[peer.rank] = Contribution(vector, weight, began, future)
         self._try_to_finish(tag, round)
@@ -155,9 +160,7 @@ class VirtualWire:
             return
         del self._reductions[tag, round]
         parts = [reduction.contributions[rank] for rank in ranks]
-        total = sum(part.weight for part in parts)
-        mean = ring_sum([part.vector if part.weight in (0.0, 1.0) else part.weight * part.vector for part in parts])
-        mean = mean / total if total else mean
+        mean = _mean([part.vector for part in parts], [part.weight for part in parts])
         contributors = tuple(rank for rank, part in zip(ranks, parts, strict=True) if part.weight)
         result = Reduced(mean, contributors)
         times = self._times(ranks, parts, derive_seed(round, tag))
@@ -174,9 +177,13 @@ class VirtualWire:
         count = len(ranks)
         if count == 1:
             return began
-        elements = parts[0].vector.element_size()
-        empty = payload_bytes({ALONE: parts[0].vector[:0]})
-        sizes = np.array([empty + elements * (end - start) for start, end in chunk_bounds(len(parts[0].vector), count)])
+        vector = parts[0].vector
+        if isinstance(vector, Packed):
+            sizes, rounds = np.full(count, payload_bytes({ALONE: vector.payload})), 1
+        else:
+            elements, empty = vector.element_size(), payload_bytes({ALONE: vector[:0]})
+            sizes = np.array([empty + elements * (end - start) for start, end in chunk_bounds(len(vector), count)])
+            rounds = 2
         following = [*ranks[1:], ranks[0]]
         links = [self._network.between(source, to, index, 1) for source, to in zip(ranks, following, strict=True)]
         per_byte, latency = np.array([link[0] for link in links]), np.array([link[1] for link in links])
@@ -187,7 +194,7 @@ class VirtualWire:
             first = -hop % count
             return np.asarray(twice[first:first + count] * per_byte)
 
-        times: list[float] = ring_times(began, sending, latency).tolist()
+        times: list[float] = ring_times(began, sending, latency, rounds).tolist()
         return times
 
     # ---- those who come and go --------------------------------------------------------------------------------------
@@ -208,6 +215,17 @@ class VirtualWire:
     def load_state_dict(self, rank: int, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._sent[rank], self._uplink_free[rank] = state["sent"], state["uplink_free"]
+
+
+def _mean(vectors: Sequence[Tensor | Packed], weights: Sequence[float]) -> Tensor:
+    """Return the weighted mean of what members brought, with the bits of a ring, shape (d,)."""
+    packed = [vector for vector in vectors if isinstance(vector, Packed)]
+    if packed:
+        return packed[0].mean([one.payload for one in packed], weights)
+    whole = [vector if weight in (0.0, 1.0) else weight * vector
+             for vector, weight in zip(vectors, weights, strict=True) if isinstance(vector, Tensor)]
+    total, mean = sum(weights), ring_sum(whole)
+    return mean / total if total else mean
 
 
 def _give(future: "asyncio.Future[Reduced]", result: Reduced) -> None:

@@ -19,6 +19,7 @@ from fedcore.config import Experiment
 from fedcore.errors import BadInput, UnusableCheckpoint
 from fedcore.launch import Interrupt, peak_rss_mb
 from fedcore.options import Evaluation, StopRule
+from fedcore.peers.packing import packing_for
 from fedcore.peers.peer import Peer
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import (
@@ -184,7 +185,8 @@ class PeerSimulation:
         labour = VirtualLabour(rank, work, self.devices, self.board, self.availability, self.failures)
         peer = Peer(
             rank, self.settings.seed, self.model.params, self.model.buffers, run=self.folder.name, labour=labour,
-            wire=self.wire, board=self.board, num_examples=work.num_examples)
+            wire=self.wire, board=self.board, num_examples=work.num_examples,
+            packing=packing_for(self.settings, self.model.layout, rank))
         self.peers[rank] = self.wire.peers[rank] = peer
         return peer
 

@@ -34,6 +34,7 @@ class A2Cid2(GraphStrategy):
     """
 
     by_time = True
+    no_compression = "Pairs that meet at random exchange whole vectors, so that the mean over the peers stays exact."
 
     def __init__(
         self, graph: str | Mapping[str, Any] = "ring", exchanges_per_gradient: float = 1.0, edge_rates: str = "uniform",

@@ -16,6 +16,8 @@ class AllReduceSgd(PeerStrategy):
         steps_per_round: gradients, each averaged, that make up one round (one version), at least 1.
     """
 
+    no_compression = ""
+
     def __init__(self, steps_per_round: int = 1):
         check_count("steps_per_round", steps_per_round, 1)
         self.steps_per_round = steps_per_round

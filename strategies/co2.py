@@ -16,6 +16,7 @@ from fedcore.config import Experiment
 from fedcore.errors import EmptyRound, InvalidSetting
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Reduced
+from fedcore.peers.underway import Underway
 from fedcore.strategies.local_sgd import LocalRounds
 from fedcore.strategies.settings import check_choice, check_number
 
@@ -143,12 +144,12 @@ class Co2(LocalRounds):
             await self.train(peer)
             trained = peer.params
             if self.delay == 0:
-                state = self._apply(state, state.params, await peer.all_reduce(trained, weight=self.weight_of(peer)))
+                state = self._apply(state, state.params, await self._mean(peer, trained, state))
             else:
                 earlier = peer.reduction(round=step - 1)
                 late = None if earlier is None else await earlier
                 state = replace(state, exposed_rounds=self._exposed_rounds(peer, state, began, computed))
-                peer.all_reduce(trained, weight=self.weight_of(peer))
+                self._mean(peer, trained, state)
                 # The first round has nothing to apply yet: rounds 0 and 1 begin at the same point.
                 state = replace(state, previous=state.params) if late is None else (
                     self._apply(state, state.previous, late))
@@ -157,6 +158,9 @@ class Co2(LocalRounds):
         last = peer.reduction(round=peer.step)
         if last is not None:
             peer.params = self._apply(state, state.previous, await last).params
+
+    def _mean(self, peer: Peer, trained: Tensor, state: Co2State) -> Underway:
+        return peer.all_reduce(trained, weight=self.weight_of(peer), base=state.params)
 
     def _apply(self, state: Co2State, started: Tensor, late: Reduced) -> Co2State:
         """Make the outer step with an average; `started` is where its round began."""

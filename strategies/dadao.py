@@ -168,6 +168,7 @@ class Dadao(GraphStrategy):
     """
 
     by_time = True
+    no_compression = "Its exchanges keep sums of dual variables exactly, which compressed ones do not."
 
     def __init__(
         self, strong_convexity: float | None = None, smoothness: float | None = None,

@@ -75,6 +75,8 @@ class GradientTracking(GraphStrategy):
             waits for all that live.
     """
 
+    no_compression = "The mean of what peers track must stay the mean of their gradients, which a rounded y does not."
+
     def __init__(self, lr: float = 0.1, graph: str | Mapping[str, Any] = "ring", timeout_s: float | None = None):
         super().__init__(graph)
         check_number("lr", lr, above=0, advice="Theory asks for at most 1 / smoothness.")

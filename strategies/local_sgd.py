@@ -55,6 +55,8 @@ class LocalRounds(PeerStrategy):
         inner_state: `keep` the local optimizer's memory from round to round, or `reset` it; it is never sent.
     """
 
+    no_compression = ""
+
     def __init__(self, inner_steps: int, averaging: str, inner_state: str):
         check_count("inner_steps", inner_steps, 1)
         check_choice("averaging", averaging, AVERAGING)
@@ -84,7 +86,8 @@ class AveragingStrategy(LocalRounds):
         state = peer.restore(OuterState) or OuterState.at(peer.params)
         async for _ in peer.steps():
             await self.train(peer)
-            mean_params, contributors = await peer.all_reduce(peer.params, weight=self.weight_of(peer))
+            mean_params, contributors = await peer.all_reduce(
+                peer.params, weight=self.weight_of(peer), base=state.params)
             if contributors:    # else nobody had a usable model, and all start again from the old one
                 state = self.outer_step(state, mean_params)
             peer.params = state.params

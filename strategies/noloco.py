@@ -2,19 +2,29 @@
 
 Source: Kolehmainen et al., 2025, arXiv:2506.10911, the modified Nesterov update; without pipeline stages, so that its
 random routing is empty. As in the authors' code the momentum is heavy-ball, without look-ahead.
+
+With the experiment's section `compression`, Delta travels compressed, with error feedback; everybody, its sender too,
+goes on with what the payload holds. Partners that meet once have no common copy of phi to send differences to: of phi
+some random coordinates travel, drawn alike by all and as many as the payload of Delta has room for, and the pull acts
+on these. A group's pulls still add up to nothing; peers agree more slowly.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedcore.compressed import TRIAL_SHAPE, Compression
+from fedcore.compression.base import Codec
 from fedcore.config import Experiment
-from fedcore.errors import InvalidSetting
+from fedcore.errors import InvalidSetting, MalformedPayload
 from fedcore.peers.groups import group_of
+from fedcore.peers.packing import Packing
 from fedcore.peers.peer import Peer
 from fedcore.peers.strategy import PeerStrategy
+from fedcore.seeds import torch_generator
 from fedcore.strategies.settings import check_count, check_number, check_switch
 
 SLOW, MOVED = "slow", "moved"
@@ -44,9 +54,30 @@ def offer(state: PeerState, params: Tensor) -> dict[str, Tensor]:
     return {SLOW: state.slow_params, MOVED: state.slow_params - params}
 
 
+def packed_offer(
+    packing: Packing, state: PeerState, params: Tensor, chosen: Tensor, step: int
+) -> dict[str, Tensor]:
+    """Return what a peer sends to its group with compression: some of phi, shape (k,), and Delta as bytes."""
+    return {SLOW: state.slow_params[chosen], MOVED: packing.pack(state.slow_params - params, MOVED, step)}
+
+
+def opened(peer: Peer, codec: Codec, offers: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """Return what members of a group sent, with Delta as a vector again; what cannot be read is left out."""
+    found = {}
+    for rank, sent in offers.items():
+        try:
+            if sent.keys() != {SLOW, MOVED} or sent[SLOW].shape != (room_for(codec),) or (
+                    sent[SLOW].dtype != codec.dtype):
+                raise MalformedPayload("an offer does not hold what it must")
+            found[rank] = {SLOW: sent[SLOW], MOVED: codec.decode(sent[MOVED])}
+        except MalformedPayload as error:
+            peer.refuse(rank, str(error), MOVED)
+    return found
+
+
 def outer_step(
     state: PeerState, offers: Mapping[int, Mapping[str, Tensor]], outer_lr: float, outer_momentum: float,
-    gossip_lr: float,
+    gossip_lr: float, chosen: Tensor | None = None,
 ) -> PeerState:
     """Advance one outer step.
 
@@ -59,13 +90,20 @@ def outer_step(
         outer_lr: beta, above 0.
         outer_momentum: alpha, in [0, 1).
         gossip_lr: gamma, the pull towards the group's mean.
+        chosen: the coordinates of phi that were sent; None: all.
 
     Source: Kolehmainen et al., 2025, arXiv:2506.10911, modified Nesterov momentum.
     """
     mean_moved = _mean([sent[MOVED] for sent in offers.values()])
     momentum = outer_momentum * state.momentum - outer_lr * mean_moved
     if len(offers) > 1:
-        momentum = momentum - gossip_lr * (state.slow_params - _mean([sent[SLOW] for sent in offers.values()]))
+        mean_slow = _mean([sent[SLOW] for sent in offers.values()])
+        if chosen is None:
+            apart = state.slow_params - mean_slow
+        else:
+            apart = torch.zeros_like(momentum)
+            apart[chosen] = state.slow_params[chosen] - mean_slow
+        momentum = momentum - gossip_lr * apart
     return replace(state, slow_params=state.slow_params + momentum, momentum=momentum)
 
 
@@ -76,13 +114,28 @@ def _mean(vectors: list[Tensor]) -> Tensor:
     return total / len(vectors)
 
 
-def largest_gossip_lr(outer_momentum: float, group_size: int, count: int) -> float:
+@lru_cache(maxsize=4)
+def coordinates(size: int, count: int, seed: int, step: int) -> Tensor:
+    """Return which coordinates of phi travel at a step, the same at all peers: ascending, shape (count,)."""
+    order = torch.randperm(size, generator=torch_generator(seed, "coordinates", step))
+    return order[:count].sort().values
+
+
+def room_for(codec: Codec) -> int:
+    """Return how many values a payload has room for, at least 1."""
+    return max(1, min(codec.num_values, codec.num_bytes // codec.dtype.itemsize))
+
+
+def largest_gossip_lr(outer_momentum: float, group_size: int, count: int, share: float = 1.0) -> float:
     """Return the bound below which disagreement decays in mean square when nobody trains.
 
-    gamma_max = 2 (1 - alpha^2) / (1 + alpha - 2 alpha q), with q = (n - 1) / n * N / (N - 1): there the spectral radius
-    of the recursion of (E|x|^2, E<x, delta>, E|delta|^2) is 1, x being a peer's distance from the mean.
+    gamma_max = 2 (1 - alpha^2) / (1 + alpha - 2 alpha q), with q = p (n - 1) / n * N / (N - 1): there the spectral
+    radius of the recursion of (E|x|^2, E<x, delta>, E|delta|^2) is 1, x being a peer's distance from the mean.
+
+    Args:
+        share: p, of the coordinates that are pulled, drawn anew at every step.
     """
-    agreement = (group_size - 1) / group_size * count / (count - 1)
+    agreement = share * (group_size - 1) / group_size * count / (count - 1)
     return 2 * (1 - outer_momentum**2) / (1 + outer_momentum - 2 * outer_momentum * agreement)
 
 
@@ -101,6 +154,8 @@ class NoLoCo(PeerStrategy):
             all that live.
         allow_no_consensus: accept gossip_lr=0, with which peers drift apart.
     """
+
+    no_compression = ""
 
     def __init__(
         self, inner_steps: int = 50, group_size: int = 2, outer_lr: float = 0.7, outer_momentum: float = 0.5,
@@ -129,12 +184,27 @@ class NoLoCo(PeerStrategy):
         """
         if self.group_size > count:
             raise InvalidSetting("group_size", self.group_size, f"from 2 to the number of peers, {count}")
-        bound = largest_gossip_lr(self.outer_momentum, self.group_size, count)
+        self._check_pull(count, 1.0)
+
+    def check_compression(self, settings: str | Mapping[str, Any], count: int) -> None:
+        """Refuse a pull that lets disagreement grow where it acts on few coordinates at a time.
+
+        Raises:
+            InvalidSetting: with the bound.
+        """
+        trial = Compression.of(settings).compressor.codec([TRIAL_SHAPE], torch.float32)
+        try:
+            self._check_pull(count, room_for(trial) / trial.num_values)
+        except InvalidSetting as error:
+            raise error.under("strategy") from error
+
+    def _check_pull(self, count: int, share: float) -> None:
+        bound = largest_gossip_lr(self.outer_momentum, self.group_size, count, share)
         if self.gossip_lr >= bound:
             raise InvalidSetting(
                 "gossip_lr", self.gossip_lr, f"below {bound:.4g}",
-                f"With outer_momentum={self.outer_momentum:g} and groups of {self.group_size} of {count} peers a "
-                "stronger pull makes them disagree more and more.")
+                f"With outer_momentum={self.outer_momentum:g} and groups of {self.group_size} of {count} peers "
+                f"{'and compression ' if share < 1 else ''}a stronger pull makes them disagree more and more.")
 
     def doubts(self, experiment: Experiment) -> list[str]:
         """Warn of settings that work less well than they could."""
@@ -157,8 +227,16 @@ class NoLoCo(PeerStrategy):
         async for step in peer.steps():
             await peer.train(self.inner_steps)
             group = group_of(peer.rank, peer.members, self.group_size, peer.seed, step)
-            offers: Any = await peer.exchange(group, offer(state, peer.params), timeout_s=self.pair_timeout_s)
-            state = outer_step(state, offers, self.outer_lr, self.outer_momentum, self.gossip_lr)
+            if peer.packing is None:
+                offers: Any = await peer.exchange(group, offer(state, peer.params), timeout_s=self.pair_timeout_s)
+                chosen = None
+            else:
+                codec = peer.packing.codec
+                chosen = coordinates(codec.num_values, room_for(codec), peer.seed, step)
+                sent = packed_offer(peer.packing, state, peer.params, chosen, step)
+                packed: Any = await peer.exchange(group, sent, timeout_s=self.pair_timeout_s)
+                offers = opened(peer, codec, packed)
+            state = outer_step(state, offers, self.outer_lr, self.outer_momentum, self.gossip_lr, chosen)
             peer.params = state.slow_params
             await peer.safe_point(state)
 

@@ -85,6 +85,11 @@ class Codec:
         known = [part.variance for part in self.parts if part.variance is not None]
         return max(known) if len(known) == len(self.parts) else None
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every vector arrives as it was, bit for bit."""
+        return self.contraction == 1.0 and self.num_bytes >= self.num_values * self.dtype.itemsize
+
     def encode(self, vector: Tensor, generator: torch.Generator) -> Tensor:
         """Return the payload of a vector.
 

@@ -1,4 +1,7 @@
-"""The ring all-reduce as messages; `ring.py` says in which order it adds."""
+"""Means over all members as messages around a ring: of vectors, added on their way, or of payloads, which all pass by.
+
+`ring.py` says in which order is added.
+"""
 from typing import TYPE_CHECKING
 
 import torch
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from fedcore.errors import PeerLost
 from fedcore.peers.envelope import ALONE, Envelope, is_finite
+from fedcore.peers.packing import Packed
 from fedcore.peers.ring import chunk_bounds
 from fedcore.peers.seams import Reduced
 
@@ -49,6 +53,30 @@ async def ring_all_reduce(peer: "Peer", vector: Tensor, tag: str, round: int, we
         total = own
     share = sum(weights[rank] for rank in members)
     return Reduced(total / share if share else total, tuple(rank for rank in members if weights[rank]))
+
+
+async def ring_all_gather(peer: "Peer", packed: Packed, tag: str, round: int, weight: float) -> Reduced:
+    """Return the weighted mean of all members' payloads, and whose are in it; the same bits at all of them.
+
+    Sums of sparse vectors are less sparse than these, so each payload goes around the ring as it is.
+
+    Raises:
+        PeerLost: a neighbour in the ring is gone; nobody can finish.
+        MalformedPayload: a member's payload cannot be opened; nobody can finish either.
+    """
+    members, count = peer.members, len(peer.members)
+    place = members.index(peer.rank)
+    before, after = members[place - 1], members[(place + 1) % count]
+    found = {peer.rank: (packed.payload, weight)}
+    payload = packed.payload
+    for hop in range(count - 1):
+        peer.post(after, "ring", f"{tag}:{hop}", round, payload, {"weight": weight})
+        envelope = await _next(peer, before, f"{tag}:{hop}", round)
+        payload, weight = envelope.data[ALONE], float(envelope.meta["weight"])
+        found[members[(place - hop - 1) % count]] = payload, weight
+    weights = [found[rank][1] for rank in members]
+    mean = packed.mean([found[rank][0] for rank in members], weights)
+    return Reduced(mean, tuple(rank for rank in members if found[rank][1]))
 
 
 async def _next(peer: "Peer", source: int, tag: str, round: int) -> Envelope:

@@ -11,6 +11,8 @@ from fedcore.peers.counters import Counters, Offers
 from fedcore.peers.envelope import Envelope, Payload, named, payload_bytes
 from fedcore.peers.mailbox import Mailbox
 from fedcore.peers.meeting import Apply, Meeting, Offer, Turn
+from fedcore.peers.packing import Packing
+from fedcore.peers.reductions import Reductions
 from fedcore.peers.roll import from_checkpoint, to_checkpoint
 from fedcore.peers.seams import Board, Labour, Wire
 from fedcore.peers.steps import Steps, as_plain
@@ -37,27 +39,27 @@ class Peer:
         num_examples: training examples that this peer holds.
         counters: what it has done so far.
         clocks: position of each Poisson clock.
+        packing: compresses what this peer sends, where the experiment asks for that and the strategy can; else None.
     """
 
     def __init__(
         self, rank: int, seed: int, params: Tensor, buffers: Mapping[str, Tensor], *, run: str, labour: Labour,
-        wire: Wire, board: Board, num_examples: int = 1,
+        wire: Wire, board: Board, num_examples: int = 1, packing: Packing | None = None,
     ):
         self.rank, self.seed, self.run, self.num_examples = rank, seed, run, num_examples
         self.params, self.buffers = params, buffers
         self.members: tuple[int, ...] = (rank,)
         self.epoch, self.step = 0, -1
-        self.labour, self.wire, self.board = labour, wire, board
+        self.labour, self.wire, self.board, self.packing = labour, wire, board, packing
         self.counters = Counters()
         self.clocks: dict[str, tuple[int, float | None]] = {}
         self.mailbox = Mailbox(run)
         self.loss = float("nan")     # of the latest training
         self.turn = Turn()
         self._meetings: dict[str, Meeting] = {}
-        self._underway: dict[tuple[str, int], Underway] = {}
+        self._reductions = Reductions(self)
         self._restored: Any = None
         self._spawned: list[asyncio.Task[Any]] = []
-        self._unfinished: list[dict[str, Any]] = []    # reductions to take up again
         self._reported = False                         # whether the present step had its safe point
 
     # ---- time and randomness ----------------------------------------------------------------------------------------
@@ -121,12 +123,12 @@ class Peer:
 
     def state_dict(self, state: Any) -> dict[str, Any]:
         """Return everything of this peer that must survive a restart, `state` being its strategy's own."""
-        pending = [dict(underway.inputs) for underway in self._underway.values()]
+        packing = {} if self.packing is None else {"packing": self.packing.state_dict()}
         return {
             "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
             "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
-            "members": to_checkpoint(self.members), "epoch": self.epoch, "pending": pending, "at": self.now,
-            "counters": self.counters.as_dict(), "loss": self.loss,
+            "members": to_checkpoint(self.members), "epoch": self.epoch, "pending": self._reductions.pending(),
+            "at": self.now, "counters": self.counters.as_dict(), "loss": self.loss, **packing,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -137,7 +139,9 @@ class Peer:
         self.labour.load_state_dict(saved["labour"])
         self.wire.load_state_dict(self.rank, saved["wire"])
         self.counters = Counters(**saved["counters"])
-        self._unfinished = list(saved["pending"])
+        self._reductions.remember(saved["pending"])
+        if self.packing is not None:
+            self.packing.load_state_dict(saved["packing"])
 
     @property
     def restored(self) -> Any:
@@ -146,13 +150,11 @@ class Peer:
 
     def take_up(self, reductions: list[dict[str, Any]]) -> None:
         """Let `resume` begin these reductions, in place of those that were saved."""
-        self._unfinished = reductions
+        self._reductions.remember(reductions)
 
     def resume(self) -> None:
         """Take up the reductions that were under way; once the run's clock stands where it stood."""
-        for inputs in self._unfinished:
-            self._reduce(inputs)
-        self._unfinished = []
+        self._reductions.resume()
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -221,13 +223,14 @@ class Peer:
         return envelope.payload
 
     async def exchange(
-        self, group: Sequence[int], payload: Payload, *, tag: str = "exchange", round: int | None = None,
-        timeout_s: float | None = None, need_all: bool = False,
+        self, group: Sequence[int], payload: Payload | Callable[[int], Payload], *, tag: str = "exchange",
+        round: int | None = None, timeout_s: float | None = None, need_all: bool = False,
     ) -> Offers:
         """Send a payload to everybody in a group and wait for theirs.
 
         Args:
             group: ranks; this peer's own may be among them.
+            payload: for all, or a function that returns what to send to a rank; the own one stays here.
             tag, round: name the conversation (round: the present step, unless given).
             timeout_s: who has not answered, and acknowledged, within so many seconds is left out; None waits for all
                 that live.
@@ -238,12 +241,13 @@ class Peer:
         """
         round = self.step if round is None else round
         others = [rank for rank in group if rank != self.rank]
-        posted = {rank: self.post(rank, "exchange", tag, round, payload) for rank in others}
+        each = payload if callable(payload) else lambda _: payload
+        posted = {rank: self.post(rank, "exchange", tag, round, each(rank)) for rank in others}
         awaited = {rank: self.expect("exchange", tag, round, rank) for rank in others}
         timer = None
         if timeout_s is not None and others:
             timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, tag, round, others, posted)
-        received: dict[int, Payload] = {self.rank: payload}
+        received: dict[int, Payload] = {self.rank: each(self.rank)}
         began = self.now
         for rank in others:
             envelope, delivered = await awaited[rank], await posted[rank]
@@ -286,43 +290,31 @@ class Peer:
         return self._meetings[tag]
 
     def all_reduce(
-        self, vector: Tensor, *, tag: str = "mean", round: int | None = None, weight: float = 1.0
+        self, vector: Tensor, *, tag: str = "mean", round: int | None = None, weight: float = 1.0,
+        base: Tensor | None = None,
     ) -> Underway:
         """Contribute to a mean over all members, starting now; await the result when it is needed.
+
+        In a run with compression vectors of the model's length travel as compressed differences to `base`, with error
+        feedback; others go as they are.
 
         Args:
             vector: shape (d,), of equal length at all members; it is not written to, and must not be.
             weight: of this peer's vector, above 0.
+            base: (d,) near the vector, and the same at all members; None: zero.
 
         Returns:
             What gives (mean, contributors) when it is awaited, the same at all members.
         """
-        inputs = {"tag": tag, "round": self.step if round is None else round, "vector": vector, "weight": weight,
-                  "began": self.now, "charged": False}
-        return self._reduce(inputs)
+        return self._reductions.begin(vector, tag, self.step if round is None else round, weight, base)
 
     def reduction(self, tag: str = "mean", round: int | None = None) -> Underway | None:
         """Return a reduction that was begun and not awaited yet, also one from before a restart; else None."""
-        return self._underway.get((tag, self.step if round is None else round))
-
-    def _reduce(self, inputs: dict[str, Any]) -> Underway:
-        tag, round, counters = inputs["tag"], inputs["round"], self.counters
-        before = counters.bytes_sent, counters.bytes_received
-        if inputs["vector"] is None:
-            future = self.wire.observe(self, tag, round)
-        else:
-            future = self.wire.all_reduce(self, inputs["vector"], tag, round, inputs["weight"], inputs["began"])
-        if inputs["charged"]:    # before the restart
-            counters.bytes_sent, counters.bytes_received = before
-        else:
-            counters.exchanges += 1
-        underway = Underway(self, {**inputs, "charged": True}, future)
-        self._underway[tag, round] = underway
-        return underway
+        return self._reductions.find(tag, self.step if round is None else round)
 
     def forget_reduction(self, tag: str, round: int) -> None:
         """Take note that a reduction's result was handed over."""
-        self._underway.pop((tag, round), None)
+        self._reductions.forget(tag, round)
 
     # ---- below the strategy -------------------------------------------------------------------------------------
 
@@ -347,6 +339,11 @@ class Peer:
             if refused != "second or late":
                 self.log(refused_from=envelope.source, reason=refused, tag=envelope.tag)
         return refused
+
+    def refuse(self, source: int, reason: str, tag: str) -> None:
+        """Count and log a message that the strategy could not use."""
+        self.counters.refused += 1
+        self.log(refused_from=source, reason=reason, tag=tag)
 
     def lose(self, rank: int) -> None:
         """Take note that a peer is gone for good: whoever waits for it waits no longer."""

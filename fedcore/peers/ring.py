@@ -78,7 +78,9 @@ def ring_bytes(vector: Tensor, count: int, place: int) -> int:
     return 2 * (count - 1) * payload_bytes({ALONE: vector[:0]}) + elements * vector.element_size()
 
 
-def ring_times(began: Sequence[float], sending: Callable[[int], np.ndarray], latency: np.ndarray) -> np.ndarray:
+def ring_times(
+    began: Sequence[float], sending: Callable[[int], np.ndarray], latency: np.ndarray, rounds: int = 2
+) -> np.ndarray:
     """Return when each member has the result, shape (members,).
 
     A member sends its next chunk once it has received the one before and its uplink is free; the links work at the same
@@ -88,11 +90,12 @@ def ring_times(began: Sequence[float], sending: Callable[[int], np.ndarray], lat
         began: when each member contributed, with a free uplink, seconds, in ring order.
         sending: given the number of the hop, how long each member's chunk takes to send, shape (members,).
         latency: how long each member's chunks then travel to the next member, shape (members,).
+        rounds: how often chunks go around: 2 to be added, and sums told; 1 where all see everything.
     """
     ready = np.array(began, dtype=np.float64)
     free = ready
     arriving = np.empty_like(ready)
-    for hop in range(2 * (len(ready) - 1)):
+    for hop in range(rounds * (len(ready) - 1)):
         free = np.maximum(ready, free) + sending(hop)
         arrives = free + latency
         arriving[1:], arriving[0] = arrives[:-1], arrives[-1]

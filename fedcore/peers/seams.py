@@ -9,6 +9,7 @@ from torch import Tensor
 from fedcore.peers.envelope import Envelope
 
 if TYPE_CHECKING:
+    from fedcore.peers.packing import Packed
     from fedcore.peers.peer import Peer
 
 
@@ -104,7 +105,7 @@ class Wire(Protocol):
         """Send a message; the future becomes True when it was delivered, False when it never will be."""
 
     def all_reduce(
-        self, peer: "Peer", vector: Tensor, tag: str, round: int, weight: float, began: float
+        self, peer: "Peer", vector: "Tensor | Packed", tag: str, round: int, weight: float, began: float
     ) -> "asyncio.Future[Reduced]":
         """Contribute to a mean over all members; `began` is when the peer did, also where that was before a restart."""
 

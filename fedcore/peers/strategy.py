@@ -1,6 +1,6 @@
 """The base of algorithms that run on every node and talk to each other."""
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -19,6 +19,9 @@ class PeerStrategy(OwnStrategy):
     One object holds the settings and serves all peers of a process: what belongs to a peer lives in the coroutine, and
     what must survive a restart goes through `peer.safe_point`.
 
+    A strategy that can compress sets `no_compression = ""`: then `peer.all_reduce` does, and for what it exchanges
+    there is `peer.packing`.
+
     Attributes:
         by_time: whether peers go at their own pace and all stop at one time; else the run consists of steps, and ends
             after one that was announced to all before any had begun it. A limit of each peer's own would let fast peers
@@ -26,7 +29,7 @@ class PeerStrategy(OwnStrategy):
     """
 
     by_time: bool = False
-    no_compression = "Peers exchange with each other, and no server asks them for updates."
+    no_compression = "Its peers exchange whole vectors."
 
     @abstractmethod
     async def run(self, peer: Peer) -> None:
@@ -38,6 +41,13 @@ class PeerStrategy(OwnStrategy):
         It starts with the living one's model, with an optimizer and clocks of its own.
         """
         return state
+
+    def check_compression(self, settings: str | Mapping[str, Any], count: int) -> None:
+        """Refuse an experiment's section `compression`, for so many peers, that does not suit the other settings.
+
+        Raises:
+            InvalidSetting: with what is wrong.
+        """
 
     def doubts(self, experiment: Experiment) -> list[str]:
         """Return warnings: what is allowed in this experiment, but probably not meant."""

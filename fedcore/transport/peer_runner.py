@@ -12,6 +12,7 @@ from torch import Tensor
 from fedcore.checkpoint import Checkpoints
 from fedcore.errors import PeerLost
 from fedcore.peers.envelope import Envelope
+from fedcore.peers.packing import Packing
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Membership, PeerWork
 from fedcore.peers.strategy import PeerStrategy
@@ -108,12 +109,13 @@ class RealPeer:
         model: from which all peers start.
         seed: of the run, the same at all peers.
         on_row: told what happens: (event, figures).
+        packing: compresses what this peer sends; None: nothing does.
     """
 
     def __init__(
         self, strategy: PeerStrategy, roster: Roster, rank: int, credentials: Credentials | None, model: Model,
         work: PeerWork, options: PeerOptions, seed: int, checkpoints: Checkpoints | None = None,
-        on_row: Callable[[str, dict[str, Any]], None] = lambda event, figures: None,
+        on_row: Callable[[str, dict[str, Any]], None] = lambda event, figures: None, packing: Packing | None = None,
     ):
         self._strategy, self._roster, self._labour, self._options = strategy, roster, ThreadLabour(work), options
         self._checkpoints, self._on_row = checkpoints, on_row
@@ -123,7 +125,7 @@ class RealPeer:
         self.wire = PeerWire(roster, rank, credentials, self._take, self._incident, model.layout.num_bytes)
         self.board = RosterBoard(len(roster.peers), options, checkpoints, on_row, self._gather)
         self.peer = Peer(rank, seed, model.params, model.buffers, run=roster.run, labour=self._labour, wire=self.wire,
-                         board=self.board, num_examples=work.num_examples)
+                         board=self.board, num_examples=work.num_examples, packing=packing)
 
     # ---- what comes -------------------------------------------------------------------------------------------------
 

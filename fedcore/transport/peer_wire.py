@@ -11,8 +11,9 @@ from grpc import aio
 from torch import Tensor
 
 from fedcore.errors import BadCertificate, CannotListen, MalformedFrame, PeerLost, StreamCut, TooSlow, shown
-from fedcore.peers.all_reduce import ring_all_reduce
+from fedcore.peers.all_reduce import ring_all_gather, ring_all_reduce
 from fedcore.peers.envelope import Envelope
+from fedcore.peers.packing import Packed
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Reduced
 from fedcore.tasks import printable
@@ -131,9 +132,11 @@ class PeerWire:
         return self._links[to].post(envelope)
 
     def all_reduce(
-        self, peer: Peer, vector: Tensor, tag: str, round: int, weight: float, began: float
+        self, peer: Peer, vector: Tensor | Packed, tag: str, round: int, weight: float, began: float
     ) -> "asyncio.Future[Reduced]":
-        """Begin a ring all-reduce of messages."""
+        """Begin a mean over all members, of messages around a ring."""
+        if isinstance(vector, Packed):
+            return asyncio.get_running_loop().create_task(ring_all_gather(peer, vector, tag, round, weight))
         return asyncio.get_running_loop().create_task(ring_all_reduce(peer, vector, tag, round, weight))
 
     def observe(self, peer: Peer, tag: str, round: int) -> "asyncio.Future[Reduced]":

@@ -20,23 +20,31 @@ SETTINGS = {
     "noloco": {"inner_steps": 2}, "diloco": {"inner_steps": 2}, "co2": {"inner_steps": 2},
     "slowmo": {"inner_steps": 2}, "local_sgd": {"inner_steps": 2},
 }
+COMPRESSION = {"name": "top_k", "fraction": 0.2}
+PACKED = " compressed"    # behind the names of those that can: the same with compression
 STRATEGIES = [name for name in names("strategies") if issubclass(resolve("strategies", name), PeerStrategy)]
 NETWORK = {"latency_s": 0.05, "uplink_mbps": {"name": "uniform", "low": 0.02, "high": 0.2}, "jitter": 0.1}
 PEERS = 5
 
 
 def make(name):
+    name = name.removesuffix(PACKED)
     return build("strategies", {"name": name, **SETTINGS.get(name, {})})
+
+
+BOTH_WAYS = [*STRATEGIES, *(name + PACKED for name in STRATEGIES if not make(name).no_compression)]
 
 
 def world(name, **settings):
     strategy = make(name)
+    if name.endswith(PACKED):
+        settings["compression"] = COMPRESSION
     stop = {"seconds": 6, "rounds": None} if strategy.by_time else {"rounds": 12}
     task = {"name": "logistic", "dimension": 6, "examples": 30, "l2": 0.1}
     return strategy, {"task": task, "stop": stop, "simulation": {"network": NETWORK}, **settings}
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", BOTH_WAYS)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(name, tmp_path):
     runs = []
     for index, seed in enumerate((3, 3, 4)):
@@ -48,7 +56,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(name, tmp_pat
 
 
 @pytest.mark.parametrize("stop_after", [0, 3])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", BOTH_WAYS)
 def test_saved_loaded_and_continued_equals_never_stopped(name, stop_after, tmp_path):
     settings = world(name, evaluate={"where": "server"})[1]
     whole = play(make(name), tmp_path / "whole", PEERS, **settings)

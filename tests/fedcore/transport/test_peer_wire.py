@@ -10,6 +10,7 @@ from fedcore.authority import Authority
 from fedcore.clients.peer_training import PeerTraining
 from fedcore.errors import InvalidSetting, MalformedFrame
 from fedcore.peers.envelope import ENVELOPE_BYTES, Envelope, payload_bytes
+from fedcore.peers.packing import packing_for
 from fedcore.registry import build
 from fedcore.strategies.noloco import NoLoCo
 from fedcore.tls import identity_of, load_credentials, node_host
@@ -54,7 +55,8 @@ def real_peers(strategy, roster, pki, folder, rounds=4, options=None, **settings
         credentials = pki.node(rank) if pki else None
         peers.append(RealPeer(
             strategy, roster, rank, credentials, virtual.model, work, options or PeerOptions(rounds), 0,
-            on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures))))
+            on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures)),
+            packing=packing_for(virtual.settings, virtual.model.layout, rank)))
     return peers, rows
 
 
@@ -62,13 +64,17 @@ async def together(peers):
     return await asyncio.gather(*[peer.run() for peer in peers])
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["clear", "mutual TLS"])
-@pytest.mark.parametrize("name", ["noloco", "diloco", "co2"])
-def test_real_peers_end_with_the_bits_of_virtual_ones(name, secure, tmp_path):
+@pytest.mark.parametrize("name, secure, compressed", [
+    *((name, secure, False) for name in ("noloco", "diloco", "co2") for secure in (False, True)),
+    *((name, False, True) for name in ("noloco", "diloco", "co2", "gossip_sgd")),
+])
+def test_real_peers_end_with_the_bits_of_virtual_ones(name, secure, compressed, tmp_path):
     def strategy():
-        return build("strategies", {"name": name, "inner_steps": 3})
+        return build("strategies", {"name": name, **({} if name == "gossip_sgd" else {"inner_steps": 3})})
 
-    train = {"train": {"dtype": "float32", "optimizer": {"name": "sgd", "momentum": 0.9}}}
+    train: dict = {"train": {"dtype": "float32", "optimizer": {"name": "sgd", "momentum": 0.9}}}
+    if compressed:
+        train["compression"] = {"name": "top_k", "fraction": 0.3}
     virtual = play(strategy(), tmp_path / "virtual", 4, **train)
     pki = Pki(tmp_path / "pki", nodes=4) if secure else None
     peers, rows = real_peers(strategy(), roster_of(4, pki), pki, tmp_path / "real", **train)
