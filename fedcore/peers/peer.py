@@ -391,6 +391,5 @@ class Peer:
         """Cancel what was spawned, and the reductions that are under way."""
         for task in self._spawned:
             task.cancel()
-        for underway in self._underway.values():
-            underway.cancel()
+        self._reductions.cancel()
         self._spawned = []

@@ -64,6 +64,11 @@ class Reductions:
         """Take note that a result was handed over."""
         self._underway.pop((tag, round), None)
 
+    def cancel(self) -> None:
+        """Cancel all that are under way."""
+        for underway in self._underway.values():
+            underway.cancel()
+
     def pending(self) -> list[dict[str, Any]]:
         """Return the inputs of all that are under way, for a checkpoint."""
         return [dict(underway.inputs) for underway in self._underway.values()]
