@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def report(found: Figures) -> None:
             print(f"{row['MB']:5} MB, {row['clients']} clients, {row['direction']:4}, {kind}: {row['ours']:6.0f} MB/s, "
                   f"bare grpc.aio {row['raw']:6.0f} MB/s, share {row['share']:.2f}")
     for row in found["memory"]:
-        print(f"server's peak memory, {row['strategy']}, {row['clients']} clients: {row['models']:.1f} models "
-              f"({row['max_uploads']} uploads admitted)")
+        print(f"server's peak memory, {row['strategy']}, {row['clients']} clients: {row['models']:.1f} models, "
+              f"allowed {row['allowed']} ({row['max_uploads']} uploads admitted, {row['buffered']} updates held back)")
     for row in found["idle"]:
         print(f"{row['clients']} idle clients: {row['MiB']:.0f} MiB, {row['cpu_percent']:.1f} % of a CPU")
 
@@ -111,9 +112,9 @@ def main() -> None:
             for kind, secure in (("clear", None), ("mutual TLS", folder)):
                 found["link"][kind] = link(secure, plan, trips, parts)
     if "memory" in parts:
-        for strategy in STRATEGIES:
-            say(f"memory of the server with {strategy}")
-            found["memory"].append(in_own_process("memory", strategy=strategy, num_clients=MANY,
+        for strategy, count in product(STRATEGIES, (4,) if options.quick else (4, 16)):
+            say(f"memory of the server with {strategy} and {count} clients")
+            found["memory"].append(in_own_process("memory", strategy=strategy, num_clients=count,
                                                   num_bytes=100 * MEGABYTE, updates=40, max_uploads=4))
     if "idle" in parts:
         say("idle clients")

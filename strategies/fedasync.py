@@ -31,12 +31,12 @@ def mix_model(params: Tensor, trained: Tensor, weight: float) -> Tensor:
         trained: the client's parameters x, shape (d,).
         weight: a_u = alpha s(u), in [0, 1].
     """
-    return (1.0 - weight) * params + weight * trained
+    return ((1.0 - weight) * params).add_(trained, alpha=weight)    # in place: one model in memory beside w and x
 
 
 def add_update(params: Tensor, update: Tensor, weight: float) -> Tensor:
     """Return w + a_u D: the model moved by a client's update (trained minus received), both of shape (d,)."""
-    return params + weight * update
+    return params.add(update, alpha=weight)
 
 
 def running_mean(mean: float, count: int, value: float) -> float:

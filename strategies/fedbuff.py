@@ -62,7 +62,8 @@ def server_step(params: Tensor, total: Tensor, buffer_size: int, server_lr: floa
         buffer_size: K.
         server_lr: eta.
     """
-    return params + server_lr * (total / buffer_size)
+    step = total / buffer_size
+    return step.mul_(server_lr).add_(params)    # in place: a server holds no more models than it must
 
 
 def receipt(reply: Reply) -> dict[str, Any]:

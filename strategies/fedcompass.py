@@ -241,7 +241,7 @@ class FedCompass(EventStrategy):
         used = [update if isinstance(update, Reply) else hub.restore_reply(update) for update in held]
         used.sort(key=lambda reply: (reply.node.partition, reply.task_id))
         weights = [self._weight(hub, reply) for reply in used]
-        params = hub.model.params + weighted_sum([reply.update for reply in used], weights)
+        params = weighted_sum([reply.update for reply in used], weights).add_(hub.model.params)
         buffers = blend_buffers(hub.model.buffers, [reply.buffers for reply in used], [1.0] * len(used))
         hub.publish(params, used=used, buffers=buffers, weights=weights, **figures)
 

@@ -14,10 +14,13 @@ from typing import Any
 import psutil
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedcore.events import EventStrategy
 from fedcore.hub import Hub
 from fedcore.options import RunOptions, StopRule
 from fedcore.registry import build
 from fedcore.session import Session
+from fedcore.strategies.fedcompass import FedCompass
+from fedcore.tasks import Reply
 from fedcore.tls import Credentials
 from fedcore.transport.frames import CHUNK_BYTES
 from fedcore.transport.grid import GrpcGrid
@@ -120,10 +123,24 @@ class PeakRss:
         return self.peak
 
 
+def watch_buffered(strategy: EventStrategy) -> list[int]:
+    """Have a strategy counted after every reply; returns where the most updates that it held back is kept."""
+    most, on_reply = [0], strategy.on_reply
+
+    def counted(hub: Hub, reply: Reply) -> None:
+        on_reply(hub, reply)
+        if isinstance(strategy, FedCompass):
+            most[0] = max(most[0], len(strategy.late) + sum(map(len, strategy.buffers.values())))
+
+    strategy.on_reply = counted  # type: ignore[method-assign]
+    return most
+
+
 def memory(strategy: str, num_clients: int, num_bytes: int, updates: int, max_uploads: int) -> Figures:
     """Return the server's peak memory beyond what it holds without a model, in models."""
     grid = GrpcGrid(settings=LinkSettings(max_uploads=max_uploads))
     chosen = build("strategies", strategy, "strategy")    # what it imports is no model
+    buffered = watch_buffered(chosen)
     with clients(grid, num_clients, None):
         before = psutil.Process().memory_info().rss
         watch = PeakRss()
@@ -132,9 +149,15 @@ def memory(strategy: str, num_clients: int, num_bytes: int, updates: int, max_up
                           RunOptions(expected=num_clients, stop=StopRule(client_updates=updates))),
                       chosen)
         run.strategy.drive(run)
-        seen = {"strategy": str(strategy), "clients": num_clients, "models": (watch.stop() - before) / num_bytes,
-                "max_uploads": max_uploads, "versions": run.hub.version}
+        seen = {"strategy": name_of(strategy), "clients": num_clients, "models": (watch.stop() - before) / num_bytes,
+                "max_uploads": max_uploads, "buffered": buffered[0], "allowed": 4 + max_uploads + buffered[0],
+                "versions": run.hub.version}
     return seen
+
+
+def name_of(spec: Any) -> str:
+    """Return what a strategy is called."""
+    return str(spec["name"] if isinstance(spec, dict) else spec)
 
 
 def idle(num_clients: int, seconds: float) -> Figures:

@@ -59,7 +59,8 @@ class Board:
         self.members: dict[int, Member] = {}
         self.jobs: dict[str, Job] = {}
         self.assigned: dict[str, int] = {}    # partitions of clients that name none
-        self.credits = Credits(settings.max_uploads, settings.max_upload_bytes, self._evict, self._old_versions)
+        self.credits = Credits(settings.max_uploads, settings.max_upload_bytes, self._evict, self._old_versions,
+                               settings.pace.grace_s)
         self._held_requests: Counter[int] = Counter()    # jobs that wait to be fetched, by where their memory is
         self.largest_request = 0
         self._newest_model = 0                # where the model of the newest requests lies in memory

@@ -14,11 +14,16 @@ class Credits:
         max_uploads, max_bytes: admitted at once; a single upload is admitted whatever its size.
         on_evict: told of a broken-off upload that lost its place.
         in_use: returns how many places other things take (old versions of the model that are still being sent).
+        patience_s: how long these may keep all uploads waiting; then one is admitted all the same, so that nodes that
+            are slow to fetch do not hold up the rest.
     """
 
     def __init__(self, max_uploads: int, max_bytes: int | None, on_evict: Callable[[str], None],
-                 in_use: Callable[[], int] = lambda: 0):
+                 in_use: Callable[[], int] = lambda: 0, patience_s: float = 20.0):
         self.max_uploads, self.max_bytes, self.on_evict, self.in_use = max_uploads, max_bytes, on_evict, in_use
+        self.patience_s = patience_s
+        self._impatient: asyncio.TimerHandle | None = None    # set while nothing but old models is in the way
+        self._out_of_patience = False
         self._held: dict[str, int] = {}
         self._parked: dict[str, None] = {}
         self._waiting: deque[tuple[str, int, asyncio.Future[None]]] = deque()
@@ -75,7 +80,7 @@ class Credits:
     def _fits(self, size: int, parked_too: bool = False) -> bool:
         held = {name: size for name, size in self._held.items() if not (parked_too and name in self._parked)}
         if not held:
-            return True
+            return self._out_of_patience or self.in_use() < self.max_uploads
         return len(held) + self.in_use() < self.max_uploads and (
             self.max_bytes is None or sum(held.values()) + size <= self.max_bytes)
 
@@ -85,6 +90,9 @@ class Credits:
             name, size, place = self._waiting[0]
             if not self._fits(size):
                 if not self._fits(size, parked_too=True):
+                    if self._held.keys() == self._parked.keys() and self._impatient is None:
+                        loop = asyncio.get_running_loop()
+                        self._impatient = loop.call_later(self.patience_s, self._lose_patience)
                     return
                 oldest = next(iter(self._parked))
                 del self._parked[oldest]
@@ -92,6 +100,17 @@ class Credits:
                 self.on_evict(oldest)
                 continue
             self._waiting.popleft()
+            self._regain_patience()
             if not place.done():
                 self._held[name] = size
                 place.set_result(None)
+
+    def _lose_patience(self) -> None:
+        self._impatient, self._out_of_patience = None, bool(self._waiting)
+        self.admit()
+
+    def _regain_patience(self) -> None:
+        self._out_of_patience = False
+        if self._impatient is not None:
+            self._impatient.cancel()
+            self._impatient = None

@@ -15,7 +15,7 @@ from fedcore.errors import BadCertificate, MalformedFrame, StreamCut, TooSlow, s
 from fedcore.tasks import printable
 from fedcore.tls import Identity, identity_of
 from fedcore.transport.board import UNREADABLE, Board, Refusal, read_ids
-from fedcore.transport.frames import Framed
+from fedcore.transport.frames import CHUNK_BYTES, Framed
 from fedcore.transport.members import Job, Member, new_partial
 from fedcore.transport.pool import BufferPool
 from fedcore.transport.records import Content, Plan
@@ -28,6 +28,8 @@ logger = logging.getLogger("fedcore")
 HELLO_S = 10.0     # within which a caller must say who it is
 PING_S = 3.0       # within which a client that is said to be alive must show it
 MAX_INTRODUCTION_BYTES = 1 << 20
+WHOLE_CHUNKS = 16               # downloads at one time that go in chunks of the usual size
+LEAST_CHUNK_BYTES = 256 << 10
 OUT_OF_TURN = "a call came that belongs to no connected client"
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 Refuse = Callable[[Identity], str | None]
@@ -267,10 +269,15 @@ class LinkService:
             await context.write(pack({"start": start}, Framed(framed.head, (), 0)))
             try:
                 await write_body(context.write, framed, self.settings.pace, start, not self.secure,
-                                 lambda sent: member.down.add(sent, self.board.now()))
+                                 lambda sent: member.down.add(sent, self.board.now()), self._chunk_bytes())
             except TooSlow as error:
                 self.board.incident(member.name, f"it took a request too slowly: {error}")
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+
+    def _chunk_bytes(self) -> int:
+        """Return how much to hand to gRPC at once: less with many downloads, which together take no more memory."""
+        downloads = sum("fetch" in member.busy for member in self.board.members.values())
+        return max(LEAST_CHUNK_BYTES, CHUNK_BYTES * WHOLE_CHUNKS // max(WHOLE_CHUNKS, downloads))
 
     async def _read(self, message: object, context: Context) -> Envelope:
         try:
@@ -302,6 +309,7 @@ class LinkService:
                 content = await self._receive(member, job, plan, envelope.head, context)
                 if content is not None:
                     self.board.arrive(job, content, plan.facts)
+                    del content    # the strategy's now: kept here until the client has heard, it would count twice
             except StreamCut as error:
                 logger.info("A reply of client %s was cut off, and will be continued: %s.", member.name, error)
                 return

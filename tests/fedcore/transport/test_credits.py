@@ -37,9 +37,9 @@ def test_no_more_uploads_are_admitted_than_there_is_room_for_and_the_others_come
     run(scenario)
 
 
-def test_a_single_upload_is_admitted_whatever_its_size_and_whatever_else_takes_room():
+def test_a_single_upload_is_admitted_whatever_its_size():
     async def scenario() -> None:
-        credits = Credits(4, 100, lambda _: None, in_use=lambda: 9)
+        credits = Credits(4, 100, lambda _: None, in_use=lambda: 3)
         await credits.acquire("large", 1000)
         assert not credits.has_room(1)
         waiting = asyncio.create_task(credits.acquire("small", 1))
@@ -47,6 +47,33 @@ def test_a_single_upload_is_admitted_whatever_its_size_and_whatever_else_takes_r
         assert not waiting.done()
         credits.release("large")
         await waiting
+
+    run(scenario)
+
+
+def test_old_models_that_are_still_being_sent_hold_up_uploads_but_not_for_ever():
+    async def scenario() -> None:
+        old = 4
+        credits = Credits(4, None, lambda _: None, in_use=lambda: old, patience_s=0.2)
+        first, second = (asyncio.create_task(credits.acquire(name, 1)) for name in "ab")
+        await settle()
+        assert not credits.has_room(1) and credits.waiting == 2
+        old = 3
+        credits.admit()
+        await first
+        assert credits.admitted == 1 and credits.waiting == 1
+        old = 9
+        credits.release("a")
+        await settle()
+        assert credits.waiting == 1, "an old model takes its place"
+        await second    # nobody fetched anything meanwhile
+        third = asyncio.create_task(credits.acquire("c", 1))
+        await settle()
+        assert credits.admitted == 1 and not third.done(), "one at a time"
+        credits.release("b")
+        await settle()
+        assert not third.done(), "patience begins anew"
+        await third
 
     run(scenario)
 
