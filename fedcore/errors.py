@@ -248,6 +248,15 @@ class StrategyMismatch(FedcoreError):
     """A node was set up for another strategy of peers, or for other settings, than the server."""
 
 
+class LeftBehind(PeerLost):
+    """The others took this peer for lost and went on without it."""
+
+    def __init__(self, rank: int):
+        FedcoreError.__init__(self, f"The others could not reach peer {rank} for too long and went on without it. "
+                              "Start it again with --rejoin.")
+        self.rank = rank
+
+
 class MalformedFrame(FedcoreError):
     """Bytes on the link that no sender of ours can have written."""
 

@@ -14,7 +14,7 @@ from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.launch import make_folder, one_torch_thread
 from fedcore.peers.packing import packing_for
-from fedcore.peers.strategy import PeerStrategy
+from fedcore.peers.strategy import STEPS_BY_TIME, PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -28,7 +28,8 @@ from fedcore.terminal import make_console
 from fedcore.tls import Credentials, load_credentials
 from fedcore.transport.loop import submit
 from fedcore.transport.peer_roster import Roster
-from fedcore.transport.peer_runner import PeerOptions, RealPeer
+from fedcore.transport.peer_runner import PeerOptions
+from fedcore.transport.roster_peer import RosterPeer
 from fedcore.transport.wire import host_of, is_loopback
 from fedcore.vectors import Model
 
@@ -70,7 +71,7 @@ def peer_options(experiment: Experiment, strategy: PeerStrategy) -> PeerOptions:
     if limit is None:
         raise InvalidSetting(f"stop.{name}", limit, "given", f"All peers of {experiment.strategy_name} stop then.")
     if strategy.by_time:
-        return PeerOptions(1, stop_s=limit, save_every_s=every)
+        return PeerOptions(STEPS_BY_TIME, stop_s=limit, save_every_s=every)
     return PeerOptions(limit, save_every_s=every)
 
 
@@ -124,9 +125,9 @@ def run_peer(
             console.print(f"{event}: {', '.join(f'{key} {value}' for key, value in figures.items())}", markup=False)
 
     with one_torch_thread():
-        peer = RealPeer(strategy, roster, rank, credentials, model, work, peer_options(experiment, strategy),
-                        experiment.seed, Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row,
-                        packing_for(experiment, model.layout, rank))
+        peer = RosterPeer(strategy, roster, rank, credentials, model, work, peer_options(experiment, strategy),
+                          experiment.seed, Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row,
+                          packing_for(experiment, model.layout, rank))
         running = submit(peer.run(listen, resume, rejoin))
         status = DONE
         try:

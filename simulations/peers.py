@@ -21,7 +21,7 @@ from fedcore.launch import Interrupt, peak_rss_mb
 from fedcore.options import Evaluation, StopRule
 from fedcore.peers.packing import packing_for
 from fedcore.peers.peer import Peer
-from fedcore.peers.strategy import PeerStrategy
+from fedcore.peers.strategy import STEPS_BY_TIME, PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
     CLIENTS_FILE,
@@ -49,8 +49,6 @@ from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
 
-# Strategies that stop by time have their safe points so many times in a run, unless evaluations come by the second.
-STEPS_BY_TIME = 30
 MAX_DESCRIBED_PEERS = 2000
 # Counted in the summary where there were any.
 TROUBLES = ("silent", "asymmetric_exchanges", "failed_meetings")

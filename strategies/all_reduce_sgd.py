@@ -24,11 +24,16 @@ class AllReduceSgd(PeerStrategy):
 
     async def run(self, peer: Peer) -> None:
         """Compute a gradient, average it with everybody, step."""
+        saved: dict[str, int] = peer.restore(dict) or {}
+        epoch = saved.get("epoch", 0)
         async for step in peer.steps():
+            if epoch != peer.epoch:    # newcomers have no memory: that of the others must be the same
+                peer.forget_optimizer()
+                epoch = peer.epoch
             for index in range(self.steps_per_round):
                 gradient = await peer.gradient()
                 mean_gradient, contributors = await peer.all_reduce(
                     gradient, tag="gradient", round=step * self.steps_per_round + index)
                 if contributors:
                     await peer.descend(mean_gradient)
-            await peer.safe_point()
+            await peer.safe_point({"epoch": epoch})

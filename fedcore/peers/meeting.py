@@ -31,6 +31,9 @@ Apply = Callable[[int, Tensor, Tensor, float], None]
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 16.0
 # In the end, a partner is reminded of a commit after so many times what its vote took to come, doubling, too.
 REMINDING_TRIPS = 2.0
+# Proposals are counted from the peer's incarnation on, in units of two to this power: all that it makes after it was
+# away are newer than those from before.
+INCARNATION_BITS = 20
 
 
 class Turn:
@@ -123,7 +126,7 @@ class Meeting:
         if partner in self._peer.mailbox.lost:
             return False
         loop = asyncio.get_running_loop()
-        number = self._counts[partner] = self._counts.get(partner, -1) + 1
+        number = self._counts[partner] = self._counts.get(partner, (self._peer.incarnation << INCARNATION_BITS) - 1) + 1
         owner = object()
         my_turn: asyncio.Future[None] = loop.create_future()
         answer: asyncio.Future[Tensor | None] = loop.create_future()

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fedcore.errors import PeerLost
+from fedcore.peers.accord import ACCORD, Accords
+from fedcore.peers.atomic import AtomicMeans
 from fedcore.peers.counters import Counters, Offers
 from fedcore.peers.envelope import Envelope, Payload, named, payload_bytes
 from fedcore.peers.mailbox import Mailbox
@@ -56,8 +58,11 @@ class Peer:
         self.mailbox = Mailbox(run)
         self.loss = float("nan")     # of the latest training
         self.turn = Turn()
+        self.incarnation = 0         # above 0 once it was away: tells its meetings from those of before
+        self.accords = Accords(self)
+        self.means = AtomicMeans(self)
         self._meetings: dict[str, Meeting] = {}
-        self._reductions = Reductions(self)
+        self.reductions = Reductions(self)
         self._restored: Any = None
         self._spawned: list[asyncio.Task[Any]] = []
         self._reported = False                         # whether the present step had its safe point
@@ -105,10 +110,8 @@ class Peer:
 
         Args:
             state: what `restore` is to return after a restart: a dataclass or a mapping whose values a checkpoint can
-                hold (tensors, numbers, strings, None, and containers of these); or a function that returns it, called
-                once all meetings are settled (strategies that stop by time need that: a partner may commit late; the
-                function may set `params`, too). Model, optimizer, clocks, counters and reductions under way are kept
-                besides.
+                hold; or a function that returns it, called once all meetings are settled (a partner may commit late; it
+                may set `params`, too). Model, optimizer, clocks, counters and reductions under way are kept besides.
         """
         await self.board.report(self, lambda: as_plain(state() if callable(state) else state))
         self._reported = True
@@ -127,7 +130,7 @@ class Peer:
         return {
             "state": state, "params": self.params, "buffers": dict(self.buffers), "step": self.step,
             "labour": self.labour.state_dict(), "wire": self.wire.state_dict(self.rank), "clocks": dict(self.clocks),
-            "members": to_checkpoint(self.members), "epoch": self.epoch, "pending": self._reductions.pending(),
+            "members": to_checkpoint(self.members), "epoch": self.epoch, "pending": self.reductions.pending(),
             "at": self.now, "counters": self.counters.as_dict(), "loss": self.loss, **packing,
         }
 
@@ -139,7 +142,7 @@ class Peer:
         self.labour.load_state_dict(saved["labour"])
         self.wire.load_state_dict(self.rank, saved["wire"])
         self.counters = Counters(**saved["counters"])
-        self._reductions.remember(saved["pending"])
+        self.reductions.remember(saved["pending"])
         if self.packing is not None:
             self.packing.load_state_dict(saved["packing"])
 
@@ -150,11 +153,11 @@ class Peer:
 
     def take_up(self, reductions: list[dict[str, Any]]) -> None:
         """Let `resume` begin these reductions, in place of those that were saved."""
-        self._reductions.remember(reductions)
+        self.reductions.remember(reductions)
 
     def resume(self) -> None:
         """Take up the reductions that were under way; once the run's clock stands where it stood."""
-        self._reductions.resume()
+        self.reductions.resume()
 
     # ---- training -----------------------------------------------------------------------------------------------
 
@@ -276,9 +279,7 @@ class Peer:
             if not future.done():
                 future.set_result(False)
 
-    def meeting(
-        self, tag: str, offer: Offer, apply: Apply, timeout_s: float, exclusive: bool = True
-    ) -> Meeting:
+    def meeting(self, tag: str, offer: Offer, apply: Apply, timeout_s: float, exclusive: bool = True) -> Meeting:
         """Return a kind of pairwise exchange that happens at both ends or at neither; see `Meeting`.
 
         It answers other peers' proposals from now on; every peer of the run must make the same meetings.
@@ -306,15 +307,15 @@ class Peer:
         Returns:
             What gives (mean, contributors) when it is awaited, the same at all members.
         """
-        return self._reductions.begin(vector, tag, self.step if round is None else round, weight, base)
+        return self.reductions.begin(vector, tag, self.step if round is None else round, weight, base)
 
     def reduction(self, tag: str = "mean", round: int | None = None) -> Underway | None:
         """Return a reduction that was begun and not awaited yet, also one from before a restart; else None."""
-        return self._reductions.find(tag, self.step if round is None else round)
+        return self.reductions.find(tag, self.step if round is None else round)
 
     def forget_reduction(self, tag: str, round: int) -> None:
         """Take note that a reduction's result was handed over."""
-        self._reductions.forget(tag, round)
+        self.reductions.forget(tag, round)
 
     # ---- below the strategy -------------------------------------------------------------------------------------
 
@@ -329,9 +330,11 @@ class Peer:
 
     def take(self, envelope: Envelope) -> str | None:
         """Accept an envelope from the wire; returns why it was not used, if it was not."""
-        if envelope.kind == "meeting" and envelope.tag in self._meetings and envelope.run == self.run:
+        meeting = self._meetings.get(envelope.tag) if envelope.kind == "meeting" else None
+        part = self.accords if envelope.kind == ACCORD else meeting
+        if part is not None and envelope.run == self.run:
             self.counters.bytes_received += envelope.num_bytes
-            refused = self._meetings[envelope.tag].take(envelope)
+            refused = part.take(envelope)
         else:
             refused = self.mailbox.take(envelope)
         if refused is not None:
@@ -346,13 +349,14 @@ class Peer:
         self.log(refused_from=source, reason=reason, tag=tag)
 
     def lose(self, rank: int) -> None:
-        """Take note that a peer is gone for good: whoever waits for it waits no longer."""
+        """Take note that a peer is gone: whoever waits for it waits no longer."""
         self.mailbox.lose(rank)
         for meeting in self._meetings.values():
             meeting.lose(rank)
+        self.accords.lose(rank)
 
     def find(self, rank: int) -> None:
-        """Take note that a peer that was taken for lost is back."""
+        """Take note that a peer that was lost takes part in the present step, as one that knows nothing."""
         self.mailbox.lost.discard(rank)
 
     def start_from(self, state: Any, params: Tensor, buffers: Mapping[str, Tensor], step: int) -> None:
@@ -391,5 +395,5 @@ class Peer:
         """Cancel what was spawned, and the reductions that are under way."""
         for task in self._spawned:
             task.cancel()
-        self._reductions.cancel()
+        self.reductions.cancel()
         self._spawned = []

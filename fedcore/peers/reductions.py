@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 class Reductions:
-    """Those of one peer."""
+    """Those of one peer.
+
+    Attributes:
+        underway: those that were begun and not awaited yet, by tag and round.
+    """
 
     def __init__(self, peer: "Peer"):
         self._peer = peer
-        self._underway: dict[tuple[str, int], Underway] = {}
+        self.underway: dict[tuple[str, int], Underway] = {}
         self._unfinished: list[dict[str, Any]] = []    # to take up again
 
     def begin(self, vector: Tensor, tag: str, round: int, weight: float, base: Tensor | None) -> Underway:
@@ -53,25 +57,25 @@ class Reductions:
         else:
             counters.exchanges += 1
         underway = Underway(peer, {**inputs, "charged": True}, future)
-        self._underway[tag, round] = underway
+        self.underway[tag, round] = underway
         return underway
 
     def find(self, tag: str, round: int) -> Underway | None:
         """Return a reduction that was begun and not awaited yet."""
-        return self._underway.get((tag, round))
+        return self.underway.get((tag, round))
 
     def forget(self, tag: str, round: int) -> None:
         """Take note that a result was handed over."""
-        self._underway.pop((tag, round), None)
+        self.underway.pop((tag, round), None)
 
     def cancel(self) -> None:
         """Cancel all that are under way."""
-        for underway in self._underway.values():
+        for underway in self.underway.values():
             underway.cancel()
 
     def pending(self) -> list[dict[str, Any]]:
         """Return the inputs of all that are under way, for a checkpoint."""
-        return [dict(underway.inputs) for underway in self._underway.values()]
+        return [dict(underway.inputs) for underway in self.underway.values()]
 
     def remember(self, inputs: Iterable[Mapping[str, Any]]) -> None:
         """Take note of what was under way at a checkpoint; `resume` takes it up."""

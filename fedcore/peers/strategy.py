@@ -12,6 +12,9 @@ from fedcore.peers.hosting import HostedPeers, HostRules
 from fedcore.peers.peer import Peer
 from fedcore.strategy import OwnStrategy
 
+# Strategies that stop by time have their safe points so many times in a run, unless evaluations come by the second.
+STEPS_BY_TIME = 30
+
 
 class PeerStrategy(OwnStrategy):
     """An algorithm as one coroutine, which runs on every peer and reads like the paper's listing.

@@ -1,6 +1,6 @@
 """A reduction that was begun and whose result is wanted later."""
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from fedcore.peers.seams import Reduced
@@ -26,6 +26,11 @@ class Underway:
     def cancel(self) -> None:
         """Give up: nobody will ask for the result any more."""
         self._future.cancel()
+
+    def then(self, act: Callable[[Reduced], None]) -> None:
+        """Call a function with the result once it is there, if it ever is."""
+        self._future.add_done_callback(
+            lambda done: None if done.cancelled() or done.exception() is not None else act(done.result()))
 
     def __await__(self) -> Generator[Any, None, Reduced]:
         began = self._peer.now

@@ -57,6 +57,11 @@ class ThreadLabour:
         """Continue from what `state_dict` returned."""
         self._work.load_state_dict(state)
 
+    def newcomer(self) -> dict[str, Any]:
+        """Return what the training of a newcomer begins with: this one's place in its schedule, and no memory."""
+        state = self._work.state_dict()
+        return {**state, "optimizer": None} if "optimizer" in state else state
+
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -43,7 +43,7 @@ class PeerLink:
         self._sent = 0                              # of the queue, how many were sent on this connection
         self._number = 0
         self._attempts = 0
-        self._wake = asyncio.Event()
+        self._wake, self._called = asyncio.Event(), asyncio.Event()
         self.refused: str | None = None
         self.silent_since: float | None = asyncio.get_running_loop().time()    # None while it is connected
         self._task = asyncio.get_running_loop().create_task(self._keep_talking())
@@ -70,6 +70,18 @@ class PeerLink:
         await asyncio.gather(self._task, return_exceptions=True)
         self._give_up()
 
+    def call_again(self) -> None:
+        """Connect at once, and call the other end silent from now on only."""
+        self._attempts = 0
+        if self.silent_since is not None:
+            self.silent_since = asyncio.get_running_loop().time()
+        self._called.set()
+
+    def forget(self) -> None:
+        """Drop what was not delivered: the other end is another process by now, or none."""
+        self._give_up()
+        self._sent = 0
+
     def _give_up(self) -> None:
         for _, _, delivered in self._queue:
             if not delivered.done():
@@ -94,7 +106,12 @@ class PeerLink:
             self._attempts += 1
             # Between half of it and all of it, so that peers that lost each other do not all come at once.
             share = min(1.0, exponential(1.0, self._seed, "back-off", self._to.name, self._attempts))
-            await asyncio.sleep(longest * (0.5 + 0.5 * share))
+            self._called.clear()
+            try:
+                async with asyncio.timeout(longest * (0.5 + 0.5 * share)):
+                    await self._called.wait()
+            except TimeoutError:
+                continue
 
     async def _talk(self) -> None:
         host = node_host(self._to.name) if self._credentials is not None else None

@@ -1,4 +1,4 @@
-"""One real peer: its strategy on the link's event loop, its training in a thread, its checkpoints in a folder."""
+"""What real peers have in common: a strategy on the link's event loop, training in a thread, checkpoints."""
 import asyncio
 import logging
 import math
@@ -34,7 +34,7 @@ class PeerOptions:
     """How a real peer runs.
 
     Attributes:
-        num_steps: steps of the run, the same at all peers; for strategies that stop by time there is one.
+        num_steps: steps of the run, the same at all peers; for strategies that stop by time, spans of equal length.
         stop_s: when those stop, seconds; None for the others.
         save_every_s: seconds between checkpoints.
         lost_after_s: a peer that could not be reached for so long counts as gone, until it is back.
@@ -49,7 +49,7 @@ class PeerOptions:
 
 
 class RosterBoard:
-    """All peers of a roster take part from the first step to the last, which all of them know beforehand.
+    """Steps in which all take part, and which all know beforehand.
 
     Args:
         on_row: told what happens: (event, figures).
@@ -103,7 +103,7 @@ class RosterBoard:
 
 
 class RealPeer:
-    """A peer of a roster, ready to run.
+    """What every real peer is made of, and how it hears of others and gives them what they need to start.
 
     Args:
         model: from which all peers start.
@@ -130,8 +130,6 @@ class RealPeer:
     # ---- what comes -------------------------------------------------------------------------------------------------
 
     def _take(self, envelope: Envelope) -> str | None:
-        if envelope.source in self.peer.mailbox.lost:
-            self.peer.find(envelope.source)
         if envelope.kind in self._heard:
             self._heard[envelope.kind].add(envelope.source)
         elif envelope.kind == ASK:
@@ -174,15 +172,20 @@ class RealPeer:
 
     def _donate(self, to: int) -> None:
         """Give a newcomer what it needs to start: the state of the last safe point."""
-        if self.board.latest is None:
-            return
+        if self.board.latest is not None:
+            data, meta = self._present()
+            self.peer.post(to, STATE, "", meta["step"], data, {**meta, **self._beside()})
+
+    def _present(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state of the last safe point, made one to start from: tensors, and what else there is."""
+        assert self.board.latest is not None
         step, state, params, buffers = self.board.latest
         state = self._strategy.newcomer(state)
         tensors = {} if state is None else {name: value for name, value in state.items() if isinstance(value, Tensor)}
         plain = None if state is None else {name: value for name, value in state.items() if name not in tensors}
         data = {"params": params, **{f"state.{name}": value for name, value in tensors.items()},
                 **{f"buffer.{name}": value for name, value in buffers.items()}}
-        self.peer.post(to, STATE, "", step, data, {"step": step, "plain": plain, **self._beside()})
+        return data, {"step": step, "plain": plain}
 
     def _beside(self) -> dict[str, Any]:
         """Return what a newcomer is told besides the state."""
@@ -201,47 +204,14 @@ class RealPeer:
             given = await asyncio.wait_for(self._donated, self._options.lost_after_s)
         except TimeoutError:
             raise PeerLost(min(self._others)) from None
+        self._start_from(given)
+        return given
+
+    def _start_from(self, given: Envelope) -> None:
+        """Start from what a living peer has given."""
         parts = {kind: {name.removeprefix(kind): value for name, value in given.data.items() if name.startswith(kind)}
                  for kind in ("state.", "buffer.")}
         plain = given.meta["plain"]
         state = None if plain is None else {**plain, **parts["state."]}
         self.peer.start_from(state, given.data["params"], parts["buffer."], given.meta["step"])
         self._on_row("rejoined", {"from": self._roster.peers[given.source].name, "step": given.meta["step"]})
-        return given
-
-    # ---- the run ----------------------------------------------------------------------------------------------------
-
-    async def run(self, listen: str | None = None, resume: bool = False, rejoin: bool = False) -> Tensor:
-        """Take part to the end; returns this peer's parameters.
-
-        Args:
-            listen: HOST:PORT, where that is not the roster's address.
-            resume: continue from this peer's own checkpoint; all peers must.
-            rejoin: start from what a living peer has: this one was away.
-
-        Raises:
-            CannotListen: the port is in use.
-            PeerLost: a peer without which nobody can go on is gone.
-            UnusableCheckpoint: there is none to resume from.
-        """
-        if resume and self._checkpoints is not None:
-            saved, _ = self._checkpoints.load_newest()
-            self.peer.load_state_dict(saved["peer"])
-        await self.wire.start(listen)
-        watching = asyncio.get_running_loop().create_task(self._watch())
-        try:
-            if rejoin:
-                await self._rejoin()
-            else:
-                await self._gather(READY)
-            self.board.start_clock()
-            self.peer.resume()
-            await self._strategy.run(self.peer)
-            await self._gather(GOODBYE, self._options.farewell_s)
-            await self.wire.drain(self._options.farewell_s)
-        finally:
-            watching.cancel()
-            self.peer.close()
-            self._labour.close()
-            await self.wire.close()
-        return self.peer.params

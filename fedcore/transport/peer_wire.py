@@ -2,7 +2,7 @@
 import asyncio
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import grpc
@@ -10,8 +10,8 @@ import numpy as np
 from grpc import aio
 from torch import Tensor
 
-from fedcore.errors import BadCertificate, CannotListen, MalformedFrame, PeerLost, StreamCut, TooSlow, shown
-from fedcore.peers.all_reduce import ring_all_gather, ring_all_reduce
+from fedcore.errors import BadCertificate, CannotListen, MalformedFrame, StreamCut, TooSlow, shown
+from fedcore.peers.all_reduce import copy_of
 from fedcore.peers.envelope import Envelope
 from fedcore.peers.packing import Packed
 from fedcore.peers.peer import Peer
@@ -70,6 +70,7 @@ class PeerWire:
         self._pace, self._pool = pace or Pace(), BufferPool(IDLE_BYTES)
         self._links: dict[int, PeerLink] = {}
         self._server: aio.Server | None = None
+        self.donor: int | None = None    # from whom this peer has its state, where it came later
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -112,11 +113,21 @@ class PeerWire:
         """Return why a peer will not talk to this one, if it said so."""
         return self._links[rank].refused
 
-    async def drain(self, within_s: float) -> None:
-        """Wait until everything was delivered, or for so many seconds."""
+    async def drain(self, within_s: float, lost: Collection[int] = ()) -> None:
+        """Wait until everything was delivered, but to those who are lost, or for so many seconds."""
         until = asyncio.get_running_loop().time() + within_s
-        while any(not link.is_idle for link in self._links.values()) and asyncio.get_running_loop().time() < until:
+        links = [link for rank, link in self._links.items() if rank not in lost]
+        while any(not link.is_idle for link in links) and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.01)
+
+    def call_again(self, rank: int) -> None:
+        """Connect at once to a peer that was away and has spoken; it counts as reached until then."""
+        self._links[rank].call_again()
+
+    def forget(self, rank: int) -> None:
+        """Drop what was not delivered to a peer that is lost."""
+        if rank in self._links:
+            self._links[rank].forget()
 
     async def close(self) -> None:
         """End all connections."""
@@ -135,17 +146,12 @@ class PeerWire:
         self, peer: Peer, vector: Tensor | Packed, tag: str, round: int, weight: float, began: float
     ) -> "asyncio.Future[Reduced]":
         """Begin a mean over all members, of messages around a ring."""
-        if isinstance(vector, Packed):
-            return asyncio.get_running_loop().create_task(ring_all_gather(peer, vector, tag, round, weight))
-        return asyncio.get_running_loop().create_task(ring_all_reduce(peer, vector, tag, round, weight))
+        return peer.means.start(vector, tag, round, weight)
 
     def observe(self, peer: Peer, tag: str, round: int) -> "asyncio.Future[Reduced]":
-        """Refuse: a reduction's result is known to its members only.
-
-        Raises:
-            PeerLost: always; what this peer waits for will never come.
-        """
-        raise PeerLost(peer.rank)
+        """Wait for a reduction's result, which whoever gave this newcomer its state passes on."""
+        assert self.donor is not None, "only a newcomer observes"
+        return asyncio.get_running_loop().create_task(copy_of(peer, self.donor, tag, round))
 
     def state_dict(self, rank: int) -> dict[str, Any]:
         """Return nothing: what was not acknowledged is sent again by whoever starts again."""

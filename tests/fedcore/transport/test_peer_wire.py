@@ -19,7 +19,8 @@ from fedcore.transport.loop import submit
 from fedcore.transport.peer_link import SERVICE, TALK, hello_of
 from fedcore.transport.peer_messages import Arriving, frame
 from fedcore.transport.peer_roster import Roster
-from fedcore.transport.peer_runner import PeerOptions, RealPeer
+from fedcore.transport.peer_runner import PeerOptions
+from fedcore.transport.roster_peer import RosterPeer
 from fedcore.transport.wire import pack, unpack
 from tests.fedcore.transport.kit import Pki
 from tests.peer_lab import Script, models, play, prepare, same
@@ -53,7 +54,7 @@ def real_peers(strategy, roster, pki, folder, rounds=4, options=None, **settings
     for rank in range(len(roster.peers)):
         work = PeerTraining(virtual.task, virtual.train, 0).peer(rank)
         credentials = pki.node(rank) if pki else None
-        peers.append(RealPeer(
+        peers.append(RosterPeer(
             strategy, roster, rank, credentials, virtual.model, work, options or PeerOptions(rounds), 0,
             on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures)),
             packing=packing_for(virtual.settings, virtual.model.layout, rank)))
