@@ -109,8 +109,9 @@ class RosterPeer(RealPeer):
             for rank in joins:
                 self.peer.post(rank, STATE, "", meta["step"], data, {**meta, "at": self.board.now})
                 for tag, round in meta["pending"]:
-                    if (tag, round) in self.peer.reductions.underway:
-                        self.peer.reductions.underway[tag, round].then(functools.partial(self._pass_on, rank, tag, round))
+                    underway = self.peer.reduction(tag, round)
+                    if underway is not None:
+                        underway.then(functools.partial(self._pass_on, rank, tag, round))
 
     def _pass_on(self, rank: int, tag: str, round: int, result: Reduced) -> None:
         give_copy(self.peer, rank, result, tag, round)
