@@ -73,8 +73,7 @@ class AtomicMeans:
         self, begun: Begun, vector: Tensor | Packed, tag: str, round: int, weight: float
     ) -> Reduced:
         peer, group = self._peer, tuple(begun.members)
-        ring = ring_all_gather if isinstance(vector, Packed) else ring_all_reduce
-        result = await self._try(begun, tag, round, group, ring(peer, vector, tag, round, weight, group))
+        result = await self._try(begun, tag, round, group, self._ring(vector, tag, round, weight, group))
         while result is None:
             begun.attempt += 1
             name, word = self._name(begun, tag), {"has": False}
@@ -88,9 +87,16 @@ class AtomicMeans:
                 result = Reduced(torch.zeros(size), ())
             else:
                 group = tuple(words)
-                result = await self._try(begun, tag, round, group, ring(peer, vector, name, round, weight, group))
+                result = await self._try(begun, tag, round, group, self._ring(vector, name, round, weight, group))
         begun.result = result
         return result
+
+    def _ring(
+        self, vector: Tensor | Packed, tag: str, round: int, weight: float, group: tuple[int, ...]
+    ) -> Coroutine[Any, Any, Reduced]:
+        if isinstance(vector, Packed):
+            return ring_all_gather(self._peer, vector, tag, round, weight, group)
+        return ring_all_reduce(self._peer, vector, tag, round, weight, group)
 
     def _begin(self, tag: str, round: int) -> Begun:
         begun = self._begun[tag, round] = Begun(self._peer.epoch, self._peer.members)
