@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from torch import Tensor
 
 from fedcore.clients import memory
@@ -19,12 +19,16 @@ from fedcore.clients.training import clip, trainable
 from fedcore.compression.base import unsent_share
 from fedcore.compression.named import codec_asked_for
 from fedcore.errors import MalformedRequest
-from fedcore.payload import ARRAY_HEADER_BYTES, CONFIG, SCALAR_BYTES
+from fedcore.feedback import read_payload
+from fedcore.payload import ARRAY_HEADER_BYTES, CONFIG, SCALAR_BYTES, read_arrays
 from fedcore.seeds import torch_generator
-from fedcore.strategies.error_feedback import INITS, NEVER, Memory, Rule, respond, start_codec
+from fedcore.strategies.downlink import BASE_ROUND, DOWNLINK, changed
+from fedcore.strategies.feedback_rule import INITS, NEVER, Memory, Rule, respond, start_codec
 from fedcore.vectors import FlatModule, Layout
 
 ROUNDS = "fedcore.feedback"
+# Where a client keeps the model, if it is to be sent changes of it.
+MODEL, HELD = "fedcore.downlink", "params"
 FIELDS = ("error", "estimate", "momentum")
 
 
@@ -37,6 +41,8 @@ class GradientRequest:
         after: the last round of this client's that the server used; `NEVER`: none.
         init: of h_0.
         compressor: its settings, as JSON.
+        downlink: settings of the compressor of the model's changes, as JSON; None: models come whole always.
+        base_round: after which round's model the change is that came; `NEVER`: the model came whole.
     """
 
     rule: Rule
@@ -44,6 +50,8 @@ class GradientRequest:
     after: int
     init: str
     compressor: str
+    downlink: str | None = None
+    base_round: int = NEVER
 
     @classmethod
     def of(cls, message: Message) -> "GradientRequest":
@@ -63,7 +71,10 @@ class GradientRequest:
         if config["init"] not in INITS:
             raise MalformedRequest(f"The request's init is {config['init']!r}, but must be one of {', '.join(INITS)}.")
         rule = Rule(_share(config, "feedback"), config["estimates"], _share(config, "gradient-weight"))
-        return cls(rule, config["round"], config["after"], config["init"], config["compressor"])
+        downlink, base_round = config.get(DOWNLINK), config.get(BASE_ROUND, NEVER)
+        if not isinstance(downlink, str | None) or type(base_round) is not int:
+            raise MalformedRequest(f"The request's {DOWNLINK} is {downlink!r} after round {base_round!r}.")
+        return cls(rule, config["round"], config["after"], config["init"], config["compressor"], downlink, base_round)
 
 
 def _share(config: Mapping[str, Any], name: str) -> float | None:
@@ -87,6 +98,34 @@ class Answer:
     payload: Tensor | None
     estimate: Tensor | None
     unsent: float
+
+
+def received_model(
+    asked: GradientRequest, arrays: ArrayRecord, layout: Layout, context: Context
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the model that a request brings, whole or as a change of the one that this client holds, and hold it.
+
+    Returns:
+        Parameters, shape (d,), and buffers.
+
+    Raises:
+        MalformedReply: the arrays are no model, and no change of one.
+        MalformedRequest: this client does not hold the model that the change is to.
+    """
+    if asked.downlink is None:
+        return read_arrays(arrays, layout)
+    if asked.base_round == NEVER:
+        params, buffers = read_arrays(arrays, layout)
+        memory.keep(context, MODEL, None, NEVER, {HELD: params}, asked.round)
+        return params, buffers
+    before = memory.recall(context, MODEL, asked.base_round)
+    if before is None or before[HELD].shape != (layout.num_params,) or before[HELD].dtype != layout.dtype:
+        raise MalformedRequest(f"This client no longer has the model of round {asked.base_round}, and needs all of it.")
+    codec = codec_asked_for(asked.downlink, layout)
+    payload, buffers = read_payload(arrays, codec, layout)
+    params = changed(before[HELD], payload, codec)
+    memory.keep(context, MODEL, before, asked.base_round, {HELD: params}, asked.round)
+    return params, buffers
 
 
 def answer(asked: GradientRequest, request: Request, gradient: Tensor, layout: Layout, context: Context) -> Answer:

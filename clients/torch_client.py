@@ -11,7 +11,7 @@ from fedcore.clients.apps import EVALUATE_METRICS, OFFER, EstimatingApp, echo, e
 from fedcore.clients.books import Limits
 from fedcore.clients.data import Dataset, as_dataset, batches_per_pass
 from fedcore.clients.evaluation import measure
-from fedcore.clients.gradient import GradientRequest, answer, answer_bytes, stochastic_gradient
+from fedcore.clients.gradient import GradientRequest, answer, answer_bytes, received_model, stochastic_gradient
 from fedcore.clients.modules import flat_module, seeded_torch
 from fedcore.clients.optim import OptimizerFactory
 from fedcore.clients.peer_client import PeerClient
@@ -43,6 +43,7 @@ from fedcore.vectors import FlatModule
 
 TRAIN_METRICS = ("num-examples", "work-steps", "train-seconds", "loss")
 GRADIENT_METRICS = (*TRAIN_METRICS, COMPRESSION_ERROR)
+DOES_NOT_FIT = "The request does not fit this client's model"
 # Where a client that follows a schedule keeps how many steps it has trained.
 PROGRESS, STEPS_DONE = "fedcore.progress", "steps-done"
 
@@ -130,7 +131,11 @@ class TorchClient:
         """
         started = time.perf_counter()
         request, asked, flat = Request.of(message, context), GradientRequest.of(message), self.flat
-        self._load(message)
+        try:
+            arrays = single_record(message.content, ArrayRecord, ARRAYS)
+            flat.load(*received_model(asked, arrays, flat.layout, context))
+        except MalformedReply as error:
+            raise MalformedRequest(f"{DOES_NOT_FIT}: {error.reason}.") from error
         data = self._training_data(request.site)
         flat.module.train()
         with seeded_torch(derive_seed(request.seed, request.partition, "torch", request.draw), self.device):
@@ -218,7 +223,7 @@ class TorchClient:
         try:
             params, buffers = read_arrays(single_record(message.content, ArrayRecord, ARRAYS), flat.layout)
         except MalformedReply as error:
-            raise MalformedRequest(f"The request does not fit this client's model: {error.reason}.") from error
+            raise MalformedRequest(f"{DOES_NOT_FIT}: {error.reason}.") from error
         flat.load(params, buffers)
         return params
 

@@ -109,6 +109,18 @@ def read_contribution(
     return Contribution(begins, vectors.get(START), vectors.get(PAYLOAD), estimate, metrics, buffers)
 
 
+def read_payload(arrays: ArrayRecord, codec: Codec, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the bytes and the buffers in the arrays of a compressed model.
+
+    Raises:
+        MalformedReply: names, shapes or dtypes are wrong.
+    """
+    check_names(arrays, (PAYLOAD, *(spec.name for spec in layout.buffers)))
+    payload = read_array(arrays[PAYLOAD], TensorSpec(PAYLOAD, (codec.num_bytes,), "uint8"))
+    buffers = {spec.name: torch.from_numpy(read_array(arrays[spec.name], spec).copy()) for spec in layout.buffers}
+    return torch.from_numpy(payload.copy()), buffers
+
+
 def _decoded(arrays: ArrayRecord, name: str, codec: Codec) -> Tensor:
     view = read_array(arrays[name], TensorSpec(name, (codec.num_bytes,), "uint8"))
     return codec.decode(torch.from_numpy(view.copy()))

@@ -18,16 +18,15 @@ algorithm 1; Gao, Islamov and Stich, 2024, "EControl", arXiv:2311.05645, algorit
 A client whose answer is lost counts as absent: it forgets that round, so that both sides keep the same h.
 """
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import Tensor
 
+from fedcore.compressed import TRIAL_SHAPE
 from fedcore.compression.base import Codec
-from fedcore.compression.dense import Identity
 from fedcore.compression.named import registered_compressor
 from fedcore.errors import InvalidSetting, MalformedReply
 from fedcore.feedback import GRADIENT, Contribution, fingerprint, read_contribution
@@ -35,91 +34,13 @@ from fedcore.hub import Hub
 from fedcore.payload import ARRAYS, CONFIG
 from fedcore.rounds import RoundStrategy
 from fedcore.strategies.buffers import blend_buffers
+from fedcore.strategies.downlink import Downlink, round_schedule
+from fedcore.strategies.feedback_rule import INITS, NEVER, Rule, mean, server_step, start_codec
 from fedcore.strategies.settings import check_choice, check_number
 from fedcore.tasks import Node, Reply
 
-INITS = ("full", "compressed", "zero")
-# Of a model on which a compressor is tried out before the real one is known.
-TRIAL_SHAPE = (100, 100)
-# No round of this client's was used yet.
-NEVER = -1
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What distinguishes a method.
-
-    Attributes:
-        feedback: eta, factor on the error memory; None: there is none.
-        estimates: whether messages are differences to an estimate h.
-        gradient_weight: a, of the new gradient in the client's momentum; None: no momentum.
-    """
-
-    feedback: float | None = None
-    estimates: bool = False
-    gradient_weight: float | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a client keeps from round to round, each of shape (d,); None where the method has no such thing.
-
-    Attributes:
-        error: e, in units of the gradient.
-        estimate: h.
-        momentum: v.
-    """
-
-    error: Tensor | None = None
-    estimate: Tensor | None = None
-    momentum: Tensor | None = None
-
-    @classmethod
-    def at(cls, rule: Rule, gradient: Tensor, estimate: Tensor | None) -> "Memory":
-        """Return the memory before the first round: e_0 = 0, h_0 as given, v_0 = g_0."""
-        return cls(
-            error=None if rule.feedback is None else torch.zeros_like(gradient),
-            estimate=estimate,
-            momentum=None if rule.gradient_weight is None else gradient,
-        )
-
-
-def respond(
-    rule: Rule, memory: Memory, gradient: Tensor, compress: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Memory, Tensor]:
-    """Return a client's memory after a round, and the payload it sends.
-
-    Args:
-        gradient: g, shape (d,).
-        compress: returns the payload of a vector, and what a receiver decodes from it: D.
-    """
-    target = gradient
-    if rule.gradient_weight is not None and memory.momentum is not None:
-        target = (1 - rule.gradient_weight) * memory.momentum + rule.gradient_weight * gradient    # v
-    difference = target if memory.estimate is None else target - memory.estimate                   # g - h
-    message = difference
-    if rule.feedback is not None and memory.error is not None:
-        message = rule.feedback * memory.error + difference
-    payload, sent = compress(message)
-    return Memory(
-        error=None if memory.error is None else memory.error + difference - sent,
-        estimate=None if memory.estimate is None else memory.estimate + sent,
-        momentum=None if memory.momentum is None else target,
-    ), payload
-
-
-def mean(vectors: Mapping[int, Tensor], count: int) -> Tensor:
-    """Return the sum of vectors of shape (d,), in the order of their partitions, over `count`."""
-    ordered = [vectors[partition] for partition in sorted(vectors)]
-    total = ordered[0].clone()
-    for vector in ordered[1:]:
-        total += vector
-    return total / count
-
-
-def server_step(params: Tensor, direction: Tensor, server_lr: float) -> Tensor:
-    """Return x - gamma u, shape (d,)."""
-    return params - server_lr * direction
+# A registered name, alone or under `name` among its settings.
+Spec = str | Mapping[str, Any]
 
 
 class ErrorFeedback(RoundStrategy):
@@ -134,13 +55,17 @@ class ErrorFeedback(RoundStrategy):
         init: h_0 of a client: `full` its first gradient, sent uncompressed once; `compressed` the same, compressed;
             `zero`.
         server_momentum: beta of m <- beta m + u, x <- x - gamma m; in [0, 1).
+        schedule: of the step size, by round: a registered schedule, alone or under `name` among its settings; None: it
+            is constant.
+        downlink: what clients are sent: `full` the model; `sparse` its change, compressed as their answers are; or the
+            settings of a compressor for that.
     """
 
     no_compression = "It compresses gradients itself: name the compressor under strategy.compressor."
 
     def __init__(
-        self, rule: Rule, server_lr: float, compressor: str | Mapping[str, Any], init: str = "full",
-        server_momentum: float = 0.0,
+        self, rule: Rule, server_lr: float, compressor: Spec, init: str = "full",
+        server_momentum: float = 0.0, schedule: Spec | None = None, downlink: Spec = "full",
     ):
         check_number("server_lr", server_lr, above=0, advice="Theory asks for about contraction / smoothness.")
         check_choice("init", init, INITS)
@@ -149,6 +74,8 @@ class ErrorFeedback(RoundStrategy):
         self.server_momentum = float(server_momentum)
         self.spec = {"name": compressor} if isinstance(compressor, str) else dict(compressor)
         self.compressor = registered_compressor(self.spec)
+        self.schedule = round_schedule(schedule, self.server_lr)
+        self.downlink = Downlink.of(downlink, self.spec)
         self.check_codec(self.compressor.codec([TRIAL_SHAPE], torch.float32))
         self.estimates: dict[int, Tensor] = {}      # h of each client, by partition
         self.used_rounds: dict[int, int] = {}       # the last round in which each client's answer was used
@@ -177,6 +104,7 @@ class ErrorFeedback(RoundStrategy):
 
     def round(self, hub: Hub, round_index: int) -> None:
         codec = self.codec(hub)
+        self.downlink.advance(hub.model, round_index, hub.seed)
         rule, present = self.rule_for(codec), {node.partition for node in hub.nodes}
         for partition in [partition for partition in self.used_rounds if partition not in present]:
             self._forget(partition)    # one that left takes its estimate with it
@@ -214,7 +142,7 @@ class ErrorFeedback(RoundStrategy):
             self.momentum = direction
         buffers = blend_buffers(hub.model.buffers, [reply.buffers for reply in used], [1 / len(used)] * len(used))
         loss = sum(float(reply.metrics["loss"]) for reply in used) / len(used)
-        params = server_step(hub.model.params, direction, self.server_lr)
+        params = server_step(hub.model.params, direction, self.schedule.lr(self.server_lr, round_index))
         known: dict[str, Any] = {"h_mismatch": self.mismatches - mismatches_before} if self.rule.estimates else {}
         hub.publish(params, used, buffers, round=round_index + 1, train={"loss": loss}, **known)
 
@@ -228,7 +156,8 @@ class ErrorFeedback(RoundStrategy):
             config["feedback"] = rule.feedback
         if rule.gradient_weight is not None:
             config["gradient-weight"] = rule.gradient_weight
-        return RecordDict({ARRAYS: hub.model_record(), CONFIG: config})
+        arrays = self.downlink.arrays(hub, self.used_rounds.get(node.partition, NEVER), config)
+        return RecordDict({ARRAYS: arrays, CONFIG: config})
 
     def _start_codec(self, codec: Codec) -> Codec | None:
         """Return how a client sends its h_0, None when it does not."""
@@ -267,21 +196,15 @@ class ErrorFeedback(RoundStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         return {"estimates": dict(self.estimates), "used_rounds": dict(self.used_rounds), "momentum": self.momentum,
-                "mismatches": self.mismatches}
+                "mismatches": self.mismatches, "downlink": self.downlink.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.estimates, self.used_rounds = dict(state["estimates"]), dict(state["used_rounds"])
         self.momentum, self.mismatches = state["momentum"], state["mismatches"]
+        self.downlink.load_state_dict(state["downlink"])
 
     def summary_figures(self) -> dict[str, float | int | str | None]:
         return {"h_mismatch": self.mismatches} if self.rule.estimates else {}
-
-
-def start_codec(codec: Codec, init: str) -> Codec | None:
-    """Return how a client sends its h_0 for a given `init`, None when h_0 is zero."""
-    if init == "full":
-        return Identity().codec([(codec.num_values,)], codec.dtype)
-    return codec if init == "compressed" else None
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------------
@@ -293,10 +216,16 @@ class DistributedSgd(ErrorFeedback):
     Args:
         server_lr: gamma, the step size.
         server_momentum: in [0, 1).
+        schedule: of the step size, by round.
+        downlink: `full`, `sparse`, or the settings of a compressor.
     """
 
-    def __init__(self, server_lr: float = 0.1, server_momentum: float = 0.0):
-        super().__init__(Rule(), server_lr, "identity", server_momentum=server_momentum)
+    def __init__(
+        self, server_lr: float = 0.1, server_momentum: float = 0.0, schedule: Spec | None = None,
+        downlink: Spec = "full",
+    ):
+        super().__init__(Rule(), server_lr, "identity", server_momentum=server_momentum, schedule=schedule,
+                         downlink=downlink)
 
 
 class CompressedSgd(ErrorFeedback):
@@ -306,12 +235,16 @@ class CompressedSgd(ErrorFeedback):
         server_lr: gamma, the step size.
         compressor: e.g. `{name: qsgd, scaling: unbiased}`.
         server_momentum: in [0, 1).
+        schedule: of the step size, by round.
+        downlink: `full`, `sparse`, or the settings of a compressor.
     """
 
     def __init__(
-        self, server_lr: float = 0.1, compressor: str | Mapping[str, Any] = "top_k", server_momentum: float = 0.0
+        self, server_lr: float = 0.1, compressor: Spec = "top_k", server_momentum: float = 0.0,
+        schedule: Spec | None = None, downlink: Spec = "full",
     ):
-        super().__init__(Rule(), server_lr, compressor, server_momentum=server_momentum)
+        super().__init__(Rule(), server_lr, compressor, server_momentum=server_momentum, schedule=schedule,
+                         downlink=downlink)
 
     def check_codec(self, codec: Codec) -> None:
         """Any compressor will do."""
@@ -324,12 +257,16 @@ class Ef14(ErrorFeedback):
         server_lr: gamma, the step size.
         compressor: contractive.
         server_momentum: in [0, 1).
+        schedule: of the step size, by round.
+        downlink: `full`, `sparse`, or the settings of a compressor.
     """
 
     def __init__(
-        self, server_lr: float = 0.1, compressor: str | Mapping[str, Any] = "top_k", server_momentum: float = 0.0
+        self, server_lr: float = 0.1, compressor: Spec = "top_k", server_momentum: float = 0.0,
+        schedule: Spec | None = None, downlink: Spec = "full",
     ):
-        super().__init__(Rule(feedback=1.0), server_lr, compressor, server_momentum=server_momentum)
+        super().__init__(Rule(feedback=1.0), server_lr, compressor, server_momentum=server_momentum, schedule=schedule,
+                         downlink=downlink)
 
 
 class Ef21(ErrorFeedback):
@@ -340,13 +277,15 @@ class Ef21(ErrorFeedback):
         compressor: contractive.
         init: of the estimates: `full`, `compressed` or `zero` (the paper's h = C(g) after the first round).
         server_momentum: in [0, 1).
+        schedule: of the step size, by round.
+        downlink: `full`, `sparse`, or the settings of a compressor.
     """
 
     def __init__(
-        self, server_lr: float = 0.1, compressor: str | Mapping[str, Any] = "top_k", init: str = "full",
-        server_momentum: float = 0.0,
+        self, server_lr: float = 0.1, compressor: Spec = "top_k", init: str = "full",
+        server_momentum: float = 0.0, schedule: Spec | None = None, downlink: Spec = "full",
     ):
-        super().__init__(Rule(estimates=True), server_lr, compressor, init, server_momentum)
+        super().__init__(Rule(estimates=True), server_lr, compressor, init, server_momentum, schedule, downlink)
 
 
 class Ef21Sgdm(ErrorFeedback):
@@ -358,12 +297,14 @@ class Ef21Sgdm(ErrorFeedback):
         gradient_weight: a of v <- (1 - a) v + a g, in (0, 1]; 1 is EF21.
         init: of the estimates: `full`, `compressed` or `zero`.
         server_momentum: in [0, 1).
+        schedule: of the step size, by round.
+        downlink: `full`, `sparse`, or the settings of a compressor.
     """
 
     def __init__(
-        self, server_lr: float = 0.1, compressor: str | Mapping[str, Any] = "top_k", gradient_weight: float = 0.1,
-        init: str = "full", server_momentum: float = 0.0,
+        self, server_lr: float = 0.1, compressor: Spec = "top_k", gradient_weight: float = 0.1,
+        init: str = "full", server_momentum: float = 0.0, schedule: Spec | None = None, downlink: Spec = "full",
     ):
         check_number("gradient_weight", gradient_weight, above=0, at_most=1, advice="0.1 suits most problems.")
         rule = Rule(estimates=True, gradient_weight=float(gradient_weight))
-        super().__init__(rule, server_lr, compressor, init, server_momentum)
+        super().__init__(rule, server_lr, compressor, init, server_momentum, schedule, downlink)

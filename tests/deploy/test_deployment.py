@@ -10,7 +10,8 @@ import fedcore
 
 EXPERIMENT = {"task": "digits", "strategy": "fedavg", "clients": {"count": 2}, "stop": {"rounds": 5},
               "train": {"lr": 0.1, "local_steps": 5}, "checkpoint": {"every_s": 0.1}}
-ECONTROL = {"name": "econtrol", "compressor": {"name": "top_k", "fraction": 0.1}}
+ECONTROL = {"name": "econtrol", "compressor": {"name": "top_k", "fraction": 0.1},
+            "downlink": {"name": "top_k", "fraction": 0.2}}
 # Slow enough that a signal comes in the middle.
 LONG = {**EXPERIMENT, "stop": {"rounds": 100_000}}
 

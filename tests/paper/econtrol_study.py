@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcore.seeds import torch_generator
-from fedcore.strategies.error_feedback import Memory, Rule, respond, server_step
+from fedcore.strategies.feedback_rule import Memory, Rule, respond, server_step
 
 DIMENSION, KEPT = 60, 6
 CONTRACTION = KEPT / DIMENSION

@@ -40,6 +40,7 @@ SETTINGS = {
     "fedavg": {"fraction_train": 0.6},
     "fedcompass": {"min_local_steps": 2, "max_local_steps": 6},
     "fedbuff": {"concurrency": 4},
+    "ef21": {"downlink": {"name": "top_k", "fraction": 0.34}, "schedule": {"name": "cosine", "total_steps": 6}},
     "qfedavg": {"client_learning_rate": 0.1, "train_loss_key": "loss"},
     "diff2": {**PRIVATE, "restart_interval": 3},
     "dp_gd": PRIVATE,

@@ -20,12 +20,8 @@ from fedcore.strategies.error_feedback import (
     Ef14,
     Ef21,
     Ef21Sgdm,
-    Memory,
-    Rule,
-    mean,
-    respond,
-    server_step,
 )
+from fedcore.strategies.feedback_rule import Memory, Rule, mean, respond, server_step
 from fedcore.vectors import Model
 
 CLIENTS, DIMENSION = 4, 12
