@@ -7,7 +7,8 @@ Source: Nabli and Oyallon, 2023 (ICML), arXiv:2208.00779. The equations are in `
 
 Departures: the analysis assumes exchanges that take no time. Here they do: the unit of time is as long as gradients and
 exchanges need, the same at all peers, and is stretched where they cannot keep up (`dadao_pace.py`). When members
-change, the dual variables of consensus begin anew at zero.
+change, what a peer that is gone had of the dual variables of consensus goes to the others in equal parts: their sum is
+zero again, and nobody else begins anew.
 """
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -238,7 +239,7 @@ class Dadao(GraphStrategy):
             await peer.safe_point(node.end)
 
     async def _begin(self, peer: Peer, probe: Probe, before: Node | None, saved: Saved | None) -> Node:
-        """Agree with all members of a new epoch on everything, and start; consensus variables begin at zero."""
+        """Agree with all members of a new epoch on everything, and start; consensus variables add up to zero."""
         found, rates = self.members_graph(peer), self._rates(peer)
         terms = before.terms if before is not None else None if saved is None else Terms.from_state(saved.terms)
         partners = found.rates_of(rates, peer.rank)
@@ -249,9 +250,10 @@ class Dadao(GraphStrategy):
             state = before.state
         elif saved is not None:
             state = PeerState(saved.rows, saved.at)
-        rows = state.rows.clone()
-        rows[Z:] = 0.0
-        node = Node(peer, replace(state, rows=rows), agreed, partners)
+        if peer.epoch > 0:
+            duals, _ = await peer.all_reduce(state.rows[Z:].reshape(-1), tag="duals")
+            state = replace(state, rows=torch.cat([state.rows[:Z], state.rows[Z:] - duals.view_as(state.rows[Z:])]))
+        node = Node(peer, state, agreed, partners)
         self.log_graph(peer, found, rates, agreed.pace.unit_s)
         peer.meeting(TAG, node.offer, node.apply, agreed.timeout_s)
         return node

@@ -15,7 +15,7 @@ import torch
 from fedcore.errors import InvalidSetting
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Reduced
-from fedcore.strategies.pace import DTYPE, Pace, Probe, rows_of, spread, summed
+from fedcore.strategies.pace import DTYPE, Pace, Probe, rows_of, spread, summed, usual_seconds
 
 # Share of a unit of time that a peer's exchanges may take on links that carry nothing else: simulated rings and stars
 # converge at 0.9, and stars diverge at 1.2.
@@ -94,7 +94,7 @@ async def first_terms(
     """
     count, place = len(peer.members), peer.members.index(peer.rank)
     own = getattr(peer.labour, "curvature", None) or (0.0, 0.0)
-    computing = peer.spawn(_gradient_seconds(peer))
+    computing = peer.spawn(usual_seconds(peer, peer.gradient))
     loads, slowest_s = torch.zeros(count, dtype=DTYPE), 0.0
     for partner, rate in partners.items():
         if partner > peer.rank:
@@ -121,13 +121,6 @@ async def first_terms(
     step_s = peer.board.ends_at / (peer.step + 1)
     period = math.ceil(SLACK * count * slowest_s / step_s) or 1
     return Terms(mu, largest, chi1, pace, 1.0, timeout_s, period)
-
-
-async def _gradient_seconds(peer: Peer) -> float:
-    """Return how long a gradient takes."""
-    began = peer.now
-    await peer.gradient()
-    return peer.now - began
 
 
 def next_terms(terms: Terms, rows: Sequence[Sequence[float]], ends_at: float, fixed: bool) -> Terms:

@@ -21,6 +21,9 @@ from fedcore.transport.peer_roster import Roster
 from fedcore.transport.peer_runner import ASK, GOODBYE, READY, STATE, PeerOptions, RealPeer
 from fedcore.vectors import Model
 
+# How long a peer that cannot go on waits for the others to hear what it has said.
+LAST_WORDS_S = 1.0
+
 
 class RosterPeer(RealPeer):
     """A peer of a roster, ready to run.
@@ -181,6 +184,7 @@ class RosterPeer(RealPeer):
                 watching.cancel()
             self.peer.close()
             self._labour.close()
+            await self.wire.drain(LAST_WORDS_S, self.peer.mailbox.lost)
             await self.wire.close()
         return self.peer.params
 
