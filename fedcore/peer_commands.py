@@ -35,7 +35,7 @@ from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
 
-SHOWN_EVENTS = ("incident", "refused", "lost", "rejoined")
+SHOWN_EVENTS = ("incident", "refused", "lost", "rejoined", "members")
 
 
 def peer_parts(experiment: Experiment, rank: int) -> tuple[PeerStrategy, Model, Any]:
@@ -71,8 +71,8 @@ def peer_options(experiment: Experiment, strategy: PeerStrategy) -> PeerOptions:
     if limit is None:
         raise InvalidSetting(f"stop.{name}", limit, "given", f"All peers of {experiment.strategy_name} stop then.")
     if strategy.by_time:
-        return PeerOptions(STEPS_BY_TIME, stop_s=limit, save_every_s=every)
-    return PeerOptions(limit, save_every_s=every)
+        return PeerOptions(STEPS_BY_TIME, stop_s=limit, save_every_s=every, lost_after_s=experiment.peers.lost_after_s)
+    return PeerOptions(limit, save_every_s=every, lost_after_s=experiment.peers.lost_after_s)
 
 
 def credentials_for(tls: Path | None, insecure: bool, roster: Roster, rank: int) -> Credentials | None:
