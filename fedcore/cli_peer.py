@@ -6,12 +6,15 @@ import typer
 
 from fedcore.cli import Command, FileArgument, Overrides
 from fedcore.cli_deploy import INSECURE, TlsOption
+from fedcore.errors import BadInput
 
 PEER_EXAMPLES = """[bold]Examples[/]
 
 fedcore peer experiment.yaml --roster roster.yaml --name hospital-a --tls tls
 
 fedcore peer experiment.yaml --roster roster.yaml --name hospital-a --tls tls --rejoin
+
+torchrun --nproc-per-node 4 -m fedcore peer experiment.yaml --torch-distributed gloo --out runs/cluster
 
 [bold]A roster[/] names the peers in the order of their partitions; every peer has the same:
 
@@ -24,10 +27,13 @@ peers:
 
 def peer(
     file: FileArgument,
-    roster: Annotated[Path, typer.Option(
+    roster: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Who takes part, where each is reached, and the fingerprint of its certificate."
-    )],
-    name: Annotated[str, typer.Option(metavar="NAME", help="This peer's name in the roster.")],
+    )] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="This peer's name in the roster.")] = None,
+    torch_distributed: Annotated[str | None, typer.Option(
+        metavar="BACKEND", help="Instead of a roster: talk to the processes that torchrun started, by gloo or nccl."
+    )] = None,
     tls: TlsOption = None,
     listen: Annotated[str | None, typer.Option(
         metavar="HOST:PORT", help="Where to listen, if not at the roster's address, e.g. 0.0.0.0:9444."
@@ -51,10 +57,21 @@ def peer(
 
     Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
     """
-    from fedcore.peer_commands import run_peer
     from fedcore.terminal import show_logs
 
     show_logs(verbose)
+    if torch_distributed is not None:
+        if roster or name or tls or listen or rejoin:
+            raise BadInput("torchrun says who takes part and connects them: --torch-distributed goes without --roster, "
+                           "--name, --tls, --listen and --rejoin.")
+        from fedcore.cluster_peer import run_cluster_peer
+
+        raise typer.Exit(run_cluster_peer(file, overrides or (), torch_distributed, out, resume))
+    from fedcore.peer_commands import run_peer
+
+    if roster is None or name is None:
+        raise BadInput("Who takes part, and which of them is this? Give --roster FILE and --name NAME; or start all "
+                       "peers with torchrun and --torch-distributed gloo.")
     raise typer.Exit(run_peer(file, overrides or (), roster, name, tls, insecure, listen, out, resume, rejoin))
 
 

@@ -236,6 +236,19 @@ class PeerLost(FedcoreError):
         return type(self), (self.rank,)
 
 
+class GroupBroken(FedcoreError):
+    """A member of a torch.distributed group is gone, and without it the group can do nothing more."""
+
+    def __init__(self, rank: int, reason: str):
+        super().__init__(f"The link to rank {rank} of the torch.distributed group broke: {reason}. Such a group does "
+                         "not survive the loss of a member; peers with a roster do. Start all of it again, with "
+                         "--resume where each has a checkpoint of the same step.")
+        self.rank, self.reason = rank, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.rank, self.reason)
+
+
 class StateMissing(PeerLost):
     """A peer is to go on where others are, and none of them knows where that is."""
 

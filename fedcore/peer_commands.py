@@ -2,9 +2,10 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import yaml
 
@@ -13,7 +14,8 @@ from fedcore.cli import DONE, INTERRUPTED
 from fedcore.config import Experiment, load_experiment
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.launch import make_folder, one_torch_thread
-from fedcore.peers.packing import packing_for
+from fedcore.peers.packing import Packing, packing_for
+from fedcore.peers.peer import Peer
 from fedcore.peers.strategy import STEPS_BY_TIME, PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
@@ -105,30 +107,73 @@ def run_peer(
     listen: str | None, out: Path | None, resume: bool, rejoin: bool,
 ) -> int:
     """Run one peer to the end; returns the exit status."""
-    console = make_console()
     roster = Roster.of(roster_file)
     rank = roster.rank_of(name)
     experiment = load_experiment(file, [*overrides, f"clients.count={len(roster.peers)}"])
-    strategy, model, work = peer_parts(experiment, rank)
     credentials = credentials_for(tls, insecure, roster, rank)
+
+    def make(parts: PeerParts) -> RosterPeer:
+        return RosterPeer(parts.strategy, roster, rank, credentials, parts.model, parts.work, parts.options,
+                          experiment.seed, parts.checkpoints, parts.on_row, parts.packing)
+
+    return take_part(experiment, (roster.run, name, rank), out, resume, make,
+                     lambda peer: peer.run(listen, resume, rejoin))
+
+
+@dataclass(frozen=True)
+class PeerParts:
+    """What a real peer is made of, whatever carries its messages."""
+
+    strategy: PeerStrategy
+    model: Model
+    work: Any
+    options: PeerOptions
+    checkpoints: Checkpoints
+    on_row: Callable[[str, dict[str, Any]], None]
+    packing: Packing | None
+
+
+class Participant(Protocol):
+    """A real peer that can run."""
+
+    peer: Peer
+
+
+P = TypeVar("P", bound=Participant)
+
+
+def take_part(
+    experiment: Experiment, who: tuple[str, str, int], out: Path | None, resume: bool, make: Callable[[PeerParts], P],
+    start: Callable[[P], Coroutine[Any, Any, object]],
+) -> int:
+    """Run one peer to the end, and leave its folder; returns the exit status.
+
+    Args:
+        who: the run's name, the peer's name, its rank.
+        make: puts the peer together.
+        start: runs it to the end.
+    """
+    console, (run, name, rank) = make_console(), who
+    strategy, model, work = peer_parts(experiment, rank)
     if resume and out is None:
         raise BadInput("--resume continues from this peer's own checkpoint: name its folder with --out.")
-    folder = out if resume and out is not None else make_folder(out, f"{roster.run}-{name}")
+    folder = out if resume and out is not None else make_folder(out, f"{run}-{name}")
     if not resume:
         write_atomically(folder / CONFIG_FILE, yaml.safe_dump(experiment.resolved(), sort_keys=False))
     recorder, started = Recorder(folder), time.monotonic()
 
     def on_row(event: str, figures: dict[str, Any]) -> None:
-        recorder.metric(peer.board.now, event, node=rank, **figures)
+        recorder.metric(peer.peer.now, event, node=rank, **figures)
         recorder.flush()
         if event in SHOWN_EVENTS:
             console.print(f"{event}: {', '.join(f'{key} {value}' for key, value in figures.items())}", markup=False)
 
     with one_torch_thread():
-        peer = RosterPeer(strategy, roster, rank, credentials, model, work, peer_options(experiment, strategy),
-                          experiment.seed, Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row,
-                          packing_for(experiment, model.layout, rank))
-        running = submit(peer.run(listen, resume, rejoin))
+        peer = make(PeerParts(
+            strategy, model, work, peer_options(experiment, strategy),
+            Checkpoints(folder / CHECKPOINTS_FOLDER, experiment.checkpoint.keep), on_row,
+            packing_for(experiment, model.layout, rank)))
+        running = submit(start(peer))
         status = DONE
         try:
             running.result()

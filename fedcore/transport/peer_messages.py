@@ -65,6 +65,11 @@ class Arriving:
         self._arrays.append((entry[0], entry[1], entry[2], self.size, num_bytes))
         self.size += padded(num_bytes)
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where in the body each vector that is not empty begins, and how many bytes it takes."""
+        return [(start, num_bytes) for _, _, _, start, num_bytes in self._arrays if num_bytes]
+
     def build(self, body: np.ndarray) -> Envelope:
         """Return the envelope; its vectors are views of the body, shape (size,), uint8."""
         data: dict[str, Tensor] = {}

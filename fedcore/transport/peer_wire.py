@@ -35,6 +35,11 @@ MOST_MODELS = 8
 LEAST_LIMIT = 1 << 24
 
 
+def largest_message(model_bytes: int) -> int:
+    """Return how many bytes a message may have, given this peer's own model."""
+    return max(LEAST_LIMIT, MOST_MODELS * model_bytes)
+
+
 class Refusal(Exception):
     """Why a caller is turned away."""
 
@@ -66,7 +71,7 @@ class PeerWire:
     ):
         self._roster, self._rank, self._credentials = roster, rank, credentials
         self._deliver, self._on_incident = deliver, on_incident
-        self._most_bytes = max(LEAST_LIMIT, MOST_MODELS * model_bytes)
+        self._most_bytes = largest_message(model_bytes)
         self._pace, self._pool = pace or Pace(), BufferPool(IDLE_BYTES)
         self._links: dict[int, PeerLink] = {}
         self._server: aio.Server | None = None
