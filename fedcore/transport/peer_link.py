@@ -47,6 +47,7 @@ class PeerLink:
         self.refused: str | None = None
         self.silent_since: float | None = asyncio.get_running_loop().time()    # None while it is connected
         self._task = asyncio.get_running_loop().create_task(self._keep_talking())
+        self._task.add_done_callback(self._ended)
 
     def post(self, envelope: Envelope) -> "asyncio.Future[bool]":
         """Send an envelope; the future becomes True when it has been delivered, False when it never will be."""
@@ -81,6 +82,13 @@ class PeerLink:
         """Drop what was not delivered: the other end is another process by now, or none."""
         self._give_up()
         self._sent = 0
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        """Whatever it was that ended the talking: nobody must wait for it for ever."""
+        if self.silent_since is None:
+            self.silent_since = task.get_loop().time()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("Talking to peer %s ended with %r", self._to.name, error)
 
     def _give_up(self) -> None:
         for _, _, delivered in self._queue:

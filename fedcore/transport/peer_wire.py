@@ -174,6 +174,8 @@ class PeerWire:
             async with asyncio.timeout(WELCOME_S):
                 rank = self._admit(unpack(await context.read()).facts, context)
             caller = self._roster.peers[rank].name
+            if rank in self._links:
+                self._links[rank].call_again()
             await context.write(pack({"kind": "welcome"}))
             while isinstance(message := await context.read(), bytes):
                 number, envelope = await self._receive(message, context)

@@ -1,4 +1,7 @@
 """`fedcore server` hosts peers, each a process: the bits of a simulation, and a peer that is killed and comes back."""
+import json
+import signal
+import time
 
 import pytest
 import torch
@@ -48,3 +51,46 @@ def test_three_peers_with_certificates_end_with_the_bits_of_a_simulation(machine
     assert real.summary["consensus_distance"] == pytest.approx(virtual.summary["consensus_distance"])
     assert [row["version"] for row in real.rows("evaluate")] == [0, 4, 8, 9]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def versions(tmp_path):
+    """Return the versions that the server has published so far, and who took part in each."""
+    file = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+    return [(row["version"], row["nodes"]) for row in rows if row["event"] == "update"]
+
+
+def wait_until(machines, server, condition, timeout_s=60.0):
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, machines.said(server)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["noloco", "co2"])
+def test_a_peer_that_is_killed_is_left_out_and_comes_back_with_the_next_segment(machines, tmp_path, name):
+    everybody = list(range(COUNT))
+    machines.write(experiment(strategy={"name": name, "inner_steps": 5}, stop={"rounds": 100_000},
+                              peers={"segment": 20, "lost_after_s": 1.0}, evaluate={"every": 20}))
+    server, ports = machines.server("--verbose"), free_ports(COUNT)
+    clients = peers(machines, ports)
+    wait_until(machines, server, lambda: len(versions(tmp_path)) >= 2)
+    machines.send(clients[2], signal.SIGKILL)
+    machines.wait(clients[2])
+    wait_until(machines, server, lambda: versions(tmp_path)[-1][1] == [0, 1])
+    clients[2] = machines.client(2, "--peer-listen", f"127.0.0.1:{ports[2]}")
+    wait_until(machines, server, lambda: [nodes for _, nodes in versions(tmp_path)][-2:] == [everybody] * 2)
+    # The server is stopped, too, and goes on where it was; so do the peers.
+    machines.send(server, signal.SIGTERM)
+    assert machines.wait(server) == 0, machines.said(server)
+    before = versions(tmp_path)[-1][0]
+    server = machines.server("--resume", "run", "--set", f"stop.rounds={before + 50}")
+    assert machines.wait(server) == 0, machines.said(server)
+    assert machines.wait_all(clients) == [0] * COUNT
+    found, run = versions(tmp_path), Run(tmp_path / "run")
+    assert found[0][1] == found[-1][1] == everybody and found[-1][0] == before + 50
+    assert [version for version, _ in found] == sorted({version for version, _ in found})
+    assert [row for row in run.rows("rejoined") if row["node"] == 2]
+    last = run.rows("evaluate")[-1]
+    assert last["accuracy"] > 0.85 and last["peer_loss_max"] < 1.0
