@@ -54,19 +54,20 @@ def _mean_and_squares(vectors: Sequence[Tensor]) -> tuple[Tensor, float]:
     return mean, squares
 
 
-async def mean_of_peers(peer: Peer, round: int) -> Consensus | None:
+async def mean_of_peers(peer: Peer, members: Sequence[int], round: int) -> Consensus | None:
     """Take part in averaging all members' models; the member of the lowest rank gets the result, the others None.
 
     Every member averages one chunk of all models, in ascending order of rank, so that the result has the bits of
     `mean_and_distance`: no member sends or receives more than its own model, and the lowest rank one more.
 
     Args:
+        members: ranks, ascending, the same at all of them.
         round: tells this one from others.
 
     Raises:
         PeerLost: a member is gone.
     """
-    members, bounds = peer.members, chunk_bounds(len(peer.params), len(peer.members))
+    bounds = chunk_bounds(len(peer.params), len(members))
     for rank, (start, end) in zip(members, bounds, strict=True):
         if rank != peer.rank:
             peer.send(rank, peer.params[start:end], PARTS, round)

@@ -31,6 +31,8 @@ logger = logging.getLogger("fedcore")
 MOST_STALLED = 3
 # Where a message takes seconds, peers come to a rendezvous that much later than each other.
 SLOW_RENDEZVOUS_S = 90.0
+# How long a server that is back waits for those who belong to the run, looking so often.
+RETURN_S, LOOK_EVERY_S = 60.0, 0.2
 # Counted in the summary where there were any.
 TROUBLES = ("silent", "asymmetric_exchanges", "failed_meetings")
 SAVED = ("run", "number", "epoch", "members", "places", "steps", "counters", "clock", "trained_s", "done", "finished",
@@ -83,6 +85,7 @@ class HostedPeers(RoundStrategy):
         self.distance: float | None = None
         self.peer_bytes, self.waiting_s, self.stalled = 0, 0.0, 0
         self._stop_s: float | None = None
+        self._returning = False                                  # the server was away, and so were the nodes
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ class HostedPeers(RoundStrategy):
         if getattr(hub.grid, "simulated", False) or not getattr(hub.grid, "nodes_meet", True):
             raise BadInput(f"{type(self.strategy).__name__} runs on peers that talk to each other, which simulated "
                            "clients cannot. Simulate it from an experiment file: fedcore simulate FILE.")
-        self.run = self.run or secrets.token_hex(8)
+        self.run, self._returning = self.run or secrets.token_hex(8), session.resumed
         # The run's time is looked at between segments: peers all stop together, and not in the middle.
         self._stop_s = hub.options.stop.seconds
         hub.options = replace(hub.options, stop=replace(hub.options.stop, seconds=None))
@@ -105,6 +108,8 @@ class HostedPeers(RoundStrategy):
 
     def round(self, hub: Hub, round_index: int) -> None:
         """Host one segment."""
+        if self._returning:
+            self._await_return(hub)
         nodes = self._able(hub)
         if not nodes:
             outcome = hub.next_outcome(None)    # somebody comes, or is free again
@@ -134,9 +139,27 @@ class HostedPeers(RoundStrategy):
 
     # ---- who takes part ---------------------------------------------------------------------------------------------
 
+    def _await_return(self, hub: Hub) -> None:
+        """Give nodes that lost the server while it was down the time to come back."""
+        until = hub.now + RETURN_S
+        while hub.now < until and self._away(hub):
+            outcome = hub.next_outcome(hub.now + LOOK_EVERY_S)
+            if not isinstance(outcome, (Answer, Failure)):
+                hub.note_membership(outcome)
+        self._returning = False
+
+    @staticmethod
+    def _away(hub: Hub) -> set[int]:
+        """Return the partitions whose nodes belong to the run and are not connected, where the grid can tell."""
+        look = getattr(hub.grid, "snapshot", None)
+        here = None if look is None else {node["partition"] for node in look()["nodes"] if node["connected"]}
+        return set() if here is None else {node.partition for node in hub.nodes} - here
+
     def _able(self, hub: Hub) -> list[Node]:
         """Return the nodes that can take part in the next segment; whoever is new is asked where it is reached."""
-        nodes = [node for node in hub.nodes if not hub.is_busy(node) and not hub.is_left_aside(node)]
+        away = self._away(hub)    # the others would wait for them in vain
+        nodes = [node for node in hub.nodes
+                 if node.partition not in away and not hub.is_busy(node) and not hub.is_left_aside(node)]
         self._ask_where(hub, [node for node in nodes if self.places.get(node.partition, {}).get("node") != node.id])
         here = {node.id for node in hub.nodes}
         return [node for node in nodes if node.id in here and self.places.get(node.partition, {}).get("address")]
@@ -228,9 +251,9 @@ class HostedPeers(RoundStrategy):
         sent = [hub.send_to(node, TRAIN, segment.content(node.partition, model)) for node in nodes]
         reports = self._read(hub, segment, hub.collect(sent, enough=_rest_is_lost))
         went_on = self._count(hub, segment, reports)
-        mean = reports.get(segment.members[0])
-        if mean is not None and mean.mean is not None:
-            self._publish(hub, segment, mean, reports)
+        whole = [rank for rank in sorted(reports) if not reports[rank].problem]
+        if whole and reports[whole[0]].mean is not None:    # it is for the lowest rank of those who live to say
+            self._publish(hub, segment, reports[whole[0]], reports)
         elif (went_on or segment.final) and (nodes := self._able(hub)) and segment.steps:
             # Whoever had the mean is gone, or it was never finished: those who are left compute theirs.
             self._host(hub, nodes, self._plan(hub, nodes, only_mean=True))
@@ -306,7 +329,7 @@ class HostedPeers(RoundStrategy):
         hub.beside = {"consensus_distance": self.distance}
         if own:
             hub.beside |= {"peer_loss_min": min(own), "peer_loss_mean": sum(own) / len(own), "peer_loss_max": max(own)}
-        hub.recorder.metric(hub.now, "update", version=hub.version, **hub.totals, nodes=list(segment.members),
+        hub.recorder.metric(hub.now, "update", version=hub.version, **hub.totals, nodes=sorted(reports),
                             **({"loss": sum(losses) / len(losses)} if losses else {}))
         if hub.evaluation_is_due(before):
             hub.evaluate()

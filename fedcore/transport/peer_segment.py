@@ -3,13 +3,14 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fedcore.errors import PeerLost, StateMissing
+from fedcore.errors import LeftBehind, PeerLost, StateMissing
+from fedcore.peers.accord import ACCORD
 from fedcore.peers.consensus import Consensus, mean_of_peers
 from fedcore.peers.counters import Counters
 from fedcore.peers.envelope import Envelope
@@ -26,6 +27,8 @@ logger = logging.getLogger("fedcore")
 
 # Said besides what all real peers say: "the segment has begun without you", and "I cannot go on in it".
 BEGUN, BROKEN = "begun", "broken"
+# What those who live agree on at the end of a segment: who they are.
+LIVING = "living"
 # How long a peer that cannot go on waits for the others to hear it.
 LAST_WORDS_S = 1.0
 BEGUN_WITHOUT = "the others had begun without this peer"
@@ -122,15 +125,18 @@ class SegmentPeer(RealPeer):
         self._token = secrets.token_hex(8)    # tells this process from one of the same name that was killed
         self._tokens: dict[int, str] = {}
         self._silent: set[int] = set()
-        self._begun_without = False
+        self._broken: set[int] = set()
+        self._left = asyncio.Event()
         self.board: SegmentBoard = SegmentBoard(segment, options, on_row, self._gather)
         self.peer.board = self.board
+        self.peer.accords.on_loss.append(self._on_loss)
+        self.peer.accords.left_behind = self._left.set
 
     # ---- what comes -------------------------------------------------------------------------------------------------
 
     def _take(self, envelope: Envelope) -> str | None:
         source = envelope.source
-        if source in self.peer.mailbox.lost:
+        if source in self.peer.mailbox.lost and envelope.kind != ACCORD:
             if envelope.kind == READY:
                 self.peer.post(source, BEGUN, "", 0, {})
             return None    # it takes no further part in this segment
@@ -139,9 +145,9 @@ class SegmentPeer(RealPeer):
             self._lose(source)
             self.peer.post(source, BEGUN, "", 0, {})
         elif envelope.kind == BEGUN:
-            self._begun_without = True
-            self.peer.lose(source)
+            self._left.set()
         elif envelope.kind == BROKEN:
+            self._broken.add(source)
             self._silent |= {int(rank) for rank in envelope.meta["lost"]} & self._others
             self.peer.lose(source)
         else:
@@ -151,9 +157,10 @@ class SegmentPeer(RealPeer):
     def _is_gone(self, rank: int) -> bool:
         return super()._is_gone(rank) or self.wire.refusal(rank) is not None
 
-    def _lose(self, rank: int) -> None:
-        self._silent.add(rank)
-        super()._lose(rank)
+    def _on_loss(self, rank: int) -> None:
+        self.wire.forget(rank)
+        if rank not in self._broken:
+            self._silent.add(rank)
 
     # ---- the beginning ----------------------------------------------------------------------------------------------
 
@@ -170,7 +177,9 @@ class SegmentPeer(RealPeer):
             # Clocks that stood still while this peer was away must not tick for all that time at once.
             peer.clocks = {name: (count, None) for name, (count, _) in peer.clocks.items()}
             if segment.donors and segment.donors != (peer.rank,):
-                pending = (await self._rejoin()).meta["pending"]
+                meta = (await self._rejoin()).meta
+                pending = meta["pending"]
+                self._labour.load_state_dict(meta["labour"])
             else:
                 if not self._given:
                     raise StateMissing(peer.rank)
@@ -180,14 +189,15 @@ class SegmentPeer(RealPeer):
         peer.epoch, peer.members = segment.epoch, segment.members
 
     def _observe(self, pending: list[list[Any]]) -> None:
-        """Take part in the reductions that are under way without a vector of one's own: it weighs nothing."""
+        """Take part in the reductions that are under way without a vector of one's own: zeros weigh nothing."""
         self.peer.take_up([
             {"tag": tag, "round": round, "vector": torch.zeros(size, dtype=self.peer.params.dtype), "weight": 0.0,
              "began": self._segment.began_s, "charged": False} for tag, round, size in pending])
 
     def _beside(self) -> dict[str, Any]:
         saved = self._saved or {}
-        return {"pending": [[entry["tag"], entry["round"], len(entry["vector"])] for entry in saved.get("pending", ())]}
+        pending = [[entry["tag"], entry["round"], len(entry["vector"])] for entry in saved.get("pending", ())]
+        return {"pending": pending, "labour": self._labour.newcomer()}
 
     def _can_donate(self) -> bool:
         return self._saved is not None and self._saved["step"] == self._segment.first - 1
@@ -209,10 +219,10 @@ class SegmentPeer(RealPeer):
         consensus, beside, problem = None, Counters(), ""
         try:
             try:
-                await self._meet()
-                await self._work()
+                await self._until_left(self._meet())
+                await self._until_left(self._work())
             except PeerLost as error:
-                problem = BEGUN_WITHOUT if self._begun_without else str(error)
+                problem = BEGUN_WITHOUT if self._left.is_set() else str(error)
                 for rank in sorted(self._others - self.peer.mailbox.lost):
                     self.peer.post(rank, BROKEN, "", 0, {}, {"lost": sorted(self._silent)})
             counters = self.peer.counters
@@ -220,13 +230,31 @@ class SegmentPeer(RealPeer):
             if not problem:
                 consensus = await self._mean()
                 await self._gather(GOODBYE, self._options.farewell_s)
-            await self.wire.drain(LAST_WORDS_S if problem else self._options.farewell_s)
+            await self.wire.drain(LAST_WORDS_S if problem else self._options.farewell_s, self.peer.mailbox.lost)
         finally:
             watching.cancel()
             self.peer.close()
             self._labour.close()
             await self.wire.close()
         return self._outcome(counters, problem, consensus, beside)
+
+    async def _until_left(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something to its end, or until the others say that they go on without this peer.
+
+        Raises:
+            LeftBehind: they do.
+        """
+        loop = asyncio.get_running_loop()
+        working, left = loop.create_task(work), loop.create_task(self._left.wait())
+        try:
+            await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise LeftBehind(self.peer.rank)
+            working.result()
+        finally:
+            for task in (working, left):
+                task.cancel()
+            await asyncio.gather(working, left, return_exceptions=True)
 
     async def _meet(self) -> None:
         """Wait until all members are here, each with a state to start from.
@@ -260,8 +288,10 @@ class SegmentPeer(RealPeer):
             await asyncio.gather(running, over, return_exceptions=True)
 
     async def _mean(self) -> Consensus | None:
+        peer, number = self.peer, self._segment.number
         try:
-            return await mean_of_peers(self.peer, self._segment.number)
+            living = await peer.accords.say(LIVING, number, {}, peer.epoch, peer.members)
+            return await mean_of_peers(peer, tuple(living), number)
         except PeerLost as error:
             logger.warning("The mean of the peers' models is missing: %s", error)
             return None

@@ -33,6 +33,8 @@ IDLE_BYTES = 1 << 30
 # A message may be so many times as large as this peer's own model.
 MOST_MODELS = 8
 LEAST_LIMIT = 1 << 24
+# What a peer sends for its strategy: a lost one needs none of it, and nobody must wait until it has it.
+WORK = ("exchange", "message", "meeting", "ring")
 
 
 def largest_message(model_bytes: int) -> int:
@@ -74,6 +76,7 @@ class PeerWire:
         self._most_bytes = largest_message(model_bytes)
         self._pace, self._pool = pace or Pace(), BufferPool(IDLE_BYTES)
         self._links: dict[int, PeerLink] = {}
+        self._forgotten: set[int] = set()
         self._server: aio.Server | None = None
         self.donor: int | None = None    # from whom this peer has its state, where it came later
 
@@ -127,10 +130,12 @@ class PeerWire:
 
     def call_again(self, rank: int) -> None:
         """Connect at once to a peer that was away and has spoken; it counts as reached until then."""
+        self._forgotten.discard(rank)
         self._links[rank].call_again()
 
     def forget(self, rank: int) -> None:
-        """Drop what was not delivered to a peer that is lost."""
+        """Drop what was not delivered to a peer that is lost, and what its work would bring there from now on."""
+        self._forgotten.add(rank)
         if rank in self._links:
             self._links[rank].forget()
 
@@ -145,6 +150,10 @@ class PeerWire:
 
     def post(self, to: int, envelope: Envelope) -> "asyncio.Future[bool]":
         """Send an envelope; the future becomes True when it has been delivered, False when it never will be."""
+        if to in self._forgotten and envelope.kind in WORK:
+            never: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            never.set_result(False)
+            return never
         return self._links[to].post(envelope)
 
     def all_reduce(
@@ -174,7 +183,7 @@ class PeerWire:
             async with asyncio.timeout(WELCOME_S):
                 rank = self._admit(unpack(await context.read()).facts, context)
             caller = self._roster.peers[rank].name
-            if rank in self._links:
+            if rank in self._links:    # whoever dials can be dialled
                 self._links[rank].call_again()
             await context.write(pack({"kind": "welcome"}))
             while isinstance(message := await context.read(), bytes):
