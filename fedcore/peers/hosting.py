@@ -225,7 +225,7 @@ class HostedPeers(RoundStrategy):
         seed = hub.options.train_config.get("seed", hub.seed)
         segment = Segment(
             self.run, self.number, self.epoch, int(seed), first, steps, seconds, self.clock, final,
-            self._measures(hub, first + steps), lost_after_s, tuple(members),
+            final or self._measures(hub, first + steps), lost_after_s, tuple(members),
             tuple(place["name"] for place in places), tuple(place["address"] for place in places),
             tuple(place["fingerprint"] for place in places), donors, describe_strategy(self.strategy))
         self.number += 1

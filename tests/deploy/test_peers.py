@@ -68,7 +68,7 @@ def wait_until(machines, server, condition, timeout_s=60.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["noloco", "co2"])
+@pytest.mark.parametrize("name", ["co2"])
 def test_a_peer_that_is_killed_is_left_out_and_comes_back_with_the_next_segment(machines, tmp_path, name):
     everybody = list(range(COUNT))
     machines.write(experiment(strategy={"name": name, "inner_steps": 5}, stop={"rounds": 100_000},
