@@ -28,7 +28,7 @@ from proxy import Proxy  # noqa: E402 (a neighbour, wherever this is run from)
 
 CLIENTS = 3
 UPDATES = 60            # of the run that keeps count
-ROUNDS = 40             # of the runs whose bits are compared
+ROUNDS = 120            # of the runs whose bits are compared
 LONGEST_S = 120.0       # a run that takes longer hangs
 FAULTS = ("kill_server", "kill_client", "stop_server", "stop_client", "cut", "cut_mid_transfer", "slow_link",
           "partition", "terminate_server", "jump_clock")
@@ -307,7 +307,7 @@ def scenario(nursery: Nursery, folder: Path, seed: int, say: Callable[[str], Non
     federation = Federation(nursery, folder / f"night-{seed}", experiment(kind, seed % 2))
     with federation.up():
         until = time.monotonic() + LONGEST_S
-        moment = random.Random(seed).randrange(0, ROUNDS // 2)
+        moment = random.Random(seed).randrange(0, ROUNDS // 6)
         while federation.versions() < moment and nursery.ended(federation.server or 0) is None:
             assert time.monotonic() < until, f"the run does not begin; see the logs in {federation.folder}"
             time.sleep(0.01)
