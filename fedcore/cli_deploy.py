@@ -1,10 +1,12 @@
 """`fedcore server`, `fedcore client` and `fedcore status`: a federation on separate machines."""
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedcore.cli import Command, FileArgument, Overrides
+from fedcore.transport.handshakes import Overheard
 
 TlsOption = Annotated[Path | None, typer.Option(
     "--tls", metavar="DIR", show_default=False, help="Certificates and key, made with [bold]fedcore certs[/]."
@@ -58,7 +60,6 @@ def server(
 
     Exit status: 0 done, 1 failed, 2 bad input, 3 stopped without reaching a demanded target, 130 interrupted.
     """
-    from fedcore.deploy_commands import ServerSettings, run_server
     from fedcore.terminal import show_logs
 
     show_logs(verbose)
@@ -66,8 +67,13 @@ def server(
         raise typer.BadParameter("name an experiment file, or a run with --resume DIR", param_hint="FILE")
     if resume is not None and (file is not None or out is not None):
         raise typer.BadParameter("the folder has its own experiment: leave out FILE and --out", param_hint="--resume")
-    settings = ServerSettings(listen, tls, insecure, dashboard, tuple(observer or ()))
-    raise typer.Exit(run_server(file, overrides or (), out, resume, settings, ctx.meta))
+    with contextlib.ExitStack() as stack:
+        # Before anything imports gRPC, which says who failed to shake hands only if it is asked for that first.
+        overheard = None if tls is None else stack.enter_context(Overheard())
+        from fedcore.deploy_commands import ServerSettings, run_server
+
+        settings = ServerSettings(listen, tls, insecure, dashboard, tuple(observer or ()), overheard)
+        raise typer.Exit(run_server(file, overrides or (), out, resume, settings, ctx.meta))
 
 
 CLIENT_EXAMPLES = """[bold]Examples[/]

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger("fedcore")
 
 # Of more nodes and addresses no misbehaviour is written down.
 MOST_OFFENDERS = 1000
+# Of more than so many kinds of it at one node or address only the number is.
+MOST_REASONS = 8
 # How long a server may take to say how it is, seconds.
 ANSWER_S = 10.0
 
@@ -123,7 +126,7 @@ class Deployment(Launch):
 
     def __init__(self, settings: Experiment, folder: Path, link: ServerLink, on_row: Listener | None = None):
         self.link = link
-        self._incidents: dict[str, int] = {}    # by name: how often
+        self._incidents: defaultdict[str, Counter[str]] = defaultdict(Counter)    # by name: what, and how often
         super().__init__(settings, folder, on_row)
 
     def make_grid(self) -> GrpcGrid:
@@ -137,9 +140,15 @@ class Deployment(Launch):
 
     def _on_incident(self, name: str, reason: str) -> None:
         """Write down who did what no client of ours does; called in the link's thread."""
-        count = self._incidents[name] = self._incidents.get(name, 0) + 1
+        if name not in self._incidents and len(self._incidents) >= MOST_OFFENDERS:
+            return
+        seen = self._incidents[name]
+        # Several sites may come from one address, each with its own trouble.
+        kind = reason if reason in seen or len(seen) < MOST_REASONS else ""
+        seen[kind] += 1
+        count = seen[kind]
         # Whoever goes on and on must fill neither the log nor the disk.
-        if count & (count - 1) == 0 and len(self._incidents) <= MOST_OFFENDERS:
+        if count & (count - 1) == 0:
             log_incident(name, reason if count == 1 else f"{reason} (for the {count}th time)")
             self.recorder.metric(self.hub.now, "incident", version=self.hub.version, node=name, reason=reason,
                                  count=count)

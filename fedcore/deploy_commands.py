@@ -25,6 +25,7 @@ from fedcore.runs import Run
 from fedcore.tasks import printable
 from fedcore.terminal import make_console, plain_spaces
 from fedcore.tls import Credentials, expiry_warning
+from fedcore.transport.handshakes import Overheard
 from fedcore.transport.settings import Limits
 from fedcore.watch import Watch, status_table
 
@@ -36,13 +37,14 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The options of `fedcore server` about its link."""
+    """The options of `fedcore server` about its link, and what hears of handshakes that fail."""
 
     listen: str
     tls: Path | None
     insecure: int
     dashboard: int | None
     observers: tuple[str, ...]
+    overheard: Overheard | None = None
 
     def link(self) -> ServerLink:
         """Return how clients reach the server.
@@ -76,7 +78,7 @@ def run_server(
     meta[FOLDER] = folder
     try:
         with ending_well(console, folder, "fedcore server"):
-            run, stopped_with = _serve(console, experiment, folder, link, settings.dashboard, resume is not None)
+            run, stopped_with = _serve(console, experiment, folder, link, settings, resume is not None)
     except StoppedEarly as error:
         console.print(str(error), markup=False, soft_wrap=True)
         return INTERRUPTED
@@ -86,7 +88,7 @@ def run_server(
 
 
 def _serve(
-    console: Console, experiment: Experiment, folder: Path, link: ServerLink, dashboard: int | None, resuming: bool
+    console: Console, experiment: Experiment, folder: Path, link: ServerLink, settings: ServerSettings, resuming: bool
 ) -> tuple[Run, int | None]:
     """Run the server; returns the run, and the signal that ended it early, if one did."""
     with one_torch_thread(), quiet_flower(), contextlib.ExitStack() as stack:
@@ -98,15 +100,17 @@ def _serve(
                 listener(row)
 
         deployment = Deployment(experiment, folder, link, on_row)
+        if settings.overheard is not None:
+            settings.overheard.tell = deployment.grid.report
         stack.callback(deployment.grid.close, "the server stopped", final=False)
         watch = Watch(console, deployment.grid.snapshot, experiment.clients.count)
         listeners.append(watch.heard)
         progress.remarks = watch.lines
         _say_where(console, experiment, folder, link)
-        if dashboard is not None:
+        if settings.dashboard is not None:
             from fedcore.dashboard import serve_dashboard
 
-            page = stack.enter_context(serve_dashboard(deployment.grid.snapshot, folder, dashboard))
+            page = stack.enter_context(serve_dashboard(deployment.grid.snapshot, folder, settings.dashboard))
             listeners.append(page.on_row)
             deployment.recorder.task_listeners.append(page.on_task)
             console.print(f"live page: {page.url}", markup=False, soft_wrap=True)

@@ -135,6 +135,14 @@ def common_name(subject: x509.Name) -> str:
     return str(found[0].value) if found else ""
 
 
+def expired(identity: Identity, now: datetime | None = None) -> str | None:
+    """Return why an identity counts no longer though it was accepted once, None when it still does."""
+    if (now or datetime.now(UTC)) <= identity.not_after:
+        return None
+    return (f"the certificate of {identity} expired on {identity.not_after:%Y-%m-%d %H:%M} UTC; issue a new one with "
+            f"`fedcore certs {identity.role}`")
+
+
 # ---- a TLS folder -------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,9 @@ from grpc import aio
 
 from fedcore.errors import LinkRefused, MalformedFrame, RunOver, StreamCut, TaskLost, TooSlow
 from fedcore.tasks import printable
-from fedcore.tls import Credentials, channel_credentials
+from fedcore.tls import Credentials, channel_credentials, expired, identity_of
 from fedcore.transport.frames import Assembler, Framed
+from fedcore.transport.handshakes import about_server
 from fedcore.transport.pool import ALIGNMENT, BufferPool
 from fedcore.transport.records import Plan
 from fedcore.transport.streams import Pace, read_body, write_body
@@ -85,7 +86,8 @@ class Link:
                 raise MalformedFrame("the server does not speak this protocol")
             return cls(channel, call, answer.facts, pace, credentials is None)
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
-            reason = await why_ended(call, error)
+            own = None if credentials is None else expired(identity_of(credentials.cert))
+            reason = own or about_server(await why_ended(call, error))
             await _hang_up(call, channel)
             raise ConnectionError(reason) from error
         except BaseException:

@@ -201,6 +201,11 @@ class GrpcGrid(OwnGrid):
         """End a client's connection for good; from any thread."""
         self._server.call(self._server.expel, name, reason)
 
+    def report(self, who: str, reason: str) -> None:
+        """Note that somebody did what no client of ours does, where the link itself could not see it; from any thread.
+        """
+        self._server.call(self._board.incident, who, reason)
+
     # ---- what survives a restart ------------------------------------------------------------------------------------
 
     @property

@@ -11,7 +11,7 @@ from grpc import aio
 from fedcore import __version__
 from fedcore.clock import Event, WallClock
 from fedcore.errors import CannotListen
-from fedcore.tls import Credentials
+from fedcore.tls import Credentials, expired
 from fedcore.tls import server_options as tls_server_options
 from fedcore.transport.board import Board, Incident
 from fedcore.transport.history import History
@@ -47,13 +47,14 @@ class Server:
                 f"In clear, anybody who reaches {listen} could take part, read the model and pose as any client. "
                 "Use TLS (fedcore certs), or listen on 127.0.0.1."
             )
-        self.settings, self._refuse = settings, refuse
+        self.settings = settings
+        self._refuse: Refuse = lambda identity: expired(identity) or refuse(identity)
         self._clock = WallClock()
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.board = Board(settings, History(kept_checkpoints), lambda: self._clock.now, self.events.put, on_incident)
         self.pool = BufferPool(IDLE_BYTES_LEAST)
         self.board.on_memory = self._limit_idle_memory
-        self.service = LinkService(self.board, settings, self.pool, credentials is not None, refuse, run_config,
+        self.service = LinkService(self.board, settings, self.pool, credentials is not None, self._refuse, run_config,
                                    self.snapshot)
         self.started = self.closed = False
         self._loop = link_loop()

@@ -19,7 +19,7 @@ class LinkSettings:
         grace_s: how long a client that lost its connection is waited for before it counts as gone.
         resume_grace_s: the same after the server itself was restarted.
         linger_s: how long, when the run is over, clients that are away are waited for, to be told.
-        check_s: how often the identities of connected clients are checked again (revocation).
+        check_s: how often the identities of connected clients are checked again (revocation, expiry).
         observers: names of nodes that may see the state of all (`fedcore status`).
     """
 

@@ -1,12 +1,16 @@
 """A federation on separate machines, from the command line: what works, what is refused, what survives."""
+import contextlib
 import json
 import signal
 import socket
+import ssl
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from safetensors.torch import load_file
 
 import fedcore
+from fedcore.authority import Authority, init_ca
 
 EXPERIMENT = {"task": "digits", "strategy": "fedavg", "clients": {"count": 2}, "stop": {"rounds": 5},
               "train": {"lr": 0.1, "local_steps": 5}, "checkpoint": {"every_s": 0.1}}
@@ -196,3 +200,72 @@ def test_revocation_cuts_a_living_connection(machines, tls):
     assert machines.run("certs", "revoke", "site-1", "--ca", "ca", "--tls", "tls/server")[0] == 0
     assert machines.wait(clients[1], 30) == 1 and "revoked" in machines.said(clients[1])
     assert machines.nursery.ended(server) is None
+
+
+def shake_hands(port, tls, node):
+    """Come with a node's certificate, whatever it is worth, and leave once the server has judged it."""
+    context = ssl.create_default_context(cafile=tls / "server" / "ca.crt")
+    context.check_hostname = False
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(tls / node / "node.crt", tls / node / "node.key")
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):    # a moment after it said where, the server listens there
+            raw = socket.create_connection(("127.0.0.1", port))
+            break
+    with raw, pytest.raises(OSError):
+        connection = context.wrap_socket(raw)
+        while connection.recv(1000):
+            pass
+        raise ConnectionResetError
+
+
+def issue_until(end, ca, name, out, monkeypatch):
+    """Issue a node's certificate that ends at a moment that no option could choose."""
+    authority = Authority(ca)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedcore.authority.now_utc", lambda: end - timedelta(days=1))
+        authority.issue_node(name, out, days=1)
+
+
+@pytest.mark.slow
+def test_a_handshake_that_fails_is_explained_by_the_server_and_by_the_client(machines, tls, tmp_path, monkeypatch):
+    issue_until(datetime.now(UTC) - timedelta(days=1), tmp_path / "ca", "old", tls / "old", monkeypatch)
+    init_ca(tmp_path / "other")
+    Authority(tmp_path / "other").issue_node("stranger", tls / "stranger")
+    machines.write(LONG)
+    server = machines.fresh("server", "experiment.yaml", "--out", "run", "--listen", machines.address, "--tls",
+                            tls / "server")
+    machines.wait_for(server, "the run begins when")
+    shake_hands(machines.port, tls, "old")
+    machines.wait_for(server, "127.0.0.1: its certificate has expired: give it a new one")
+    shake_hands(machines.port, tls, "stranger")
+    machines.wait_for(server, "127.0.0.1: its certificate was not issued by this federation's CA")
+    with socket.create_connection(("127.0.0.1", machines.port)) as garbage:
+        garbage.sendall(bytes(range(256)))
+        machines.wait_for(server, "127.0.0.1: it does not speak TLS")
+    plain = machines.client(0)
+    machines.wait_for(server, "which needs --tls here, or no client at all (for the 2th time)")
+    machines.wait_for(plain, "it wants TLS")
+    foreign = machines.client(1, "--tls", tls / "stranger")
+    machines.wait_for(foreign, "the server's certificate was not issued by the CA whose ca.crt is in --tls")
+    machines.wait_for(server, "it may not accept this server's certificate")
+    machines.send(server, signal.SIGTERM)
+    assert machines.wait(server) in (0, 130)
+    said = machines.said(server)
+    assert "handshaker.cc" not in said and "ssl_transport" not in said, "gRPC's own lines are not for the terminal"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reasons = [row["reason"] for row in rows if row["event"] == "incident" and row["node"] == "127.0.0.1"]
+    assert any("expired" in reason for reason in reasons) and any("--insecure" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+def test_a_connection_ends_when_its_certificate_does(machines, tls, tmp_path, monkeypatch):
+    machines.write(LONG)
+    server = machines.server("--tls", tls / "server")
+    lasting = machines.client(0, "--tls", tls / "site-0")
+    issue_until(datetime.now(UTC) + timedelta(seconds=8), tmp_path / "ca", "brief", tls / "brief", monkeypatch)
+    brief = machines.client(1, "--tls", tls / "brief")
+    machines.wait_for(server, "2 of 2 are here")
+    assert machines.wait(brief, 30) == 1 and "the certificate of node brief expired on" in machines.said(brief)
+    machines.wait_for(server, "brief: its certificate is not accepted any more: the certificate of node brief expired")
+    assert machines.nursery.ended(server) is None and machines.nursery.ended(lasting) is None

@@ -73,6 +73,10 @@ class Nursery:
         """Start a command; returns the process's number."""
         return int(self._ask({"start": arguments, "log": str(log), "folder": str(folder), "jump_s": jump_s})["pid"])
 
+    def spawn(self, arguments: list[str], log: Path, folder: Path) -> int:
+        """Start a command in a process that is not forked from one of ours; returns its number."""
+        return int(self._ask({"spawn": arguments, "log": str(log), "folder": str(folder)})["pid"])
+
     def ended(self, pid: int) -> int | None:
         """Return how a process ended, None while it runs."""
         return self._ask({"ended": pid})["status"]

@@ -3,10 +3,12 @@
     python nursery.py    # then one JSON object per line on stdin: {"start": [arguments], "log": path} or {"ended": pid}
 
 It answers each with one line: {"pid": number}, or {"status": exit status, minus the signal, or null while it runs}.
+`spawn` instead of `start` makes a process that has imported nothing yet.
 """
 import json
 import os
 import select
+import subprocess
 import sys
 import time
 
@@ -48,6 +50,7 @@ def start(arguments: list[str], log: str, folder: str, jump_s: float) -> int:
 def serve() -> None:
     """Answer requests until stdin closes."""
     ended: dict[int, int] = {}
+    spawned: list[subprocess.Popen[bytes]] = []
     buffer = b""
     while True:
         ready, _, _ = select.select([0], [], [], 0.02)
@@ -70,6 +73,13 @@ def serve() -> None:
             request = json.loads(line)
             if "start" in request:
                 answer = {"pid": start(request["start"], request["log"], request["folder"], request["jump_s"])}
+            elif "spawn" in request:
+                command = [sys.executable, "-m", "fedcore", *request["spawn"]]
+                with open(request["log"], "ab") as log:
+                    started = subprocess.Popen(command, cwd=request["folder"], stdin=subprocess.DEVNULL, stdout=log,
+                                               stderr=log, start_new_session=True)
+                spawned.append(started)    # it is waited for below, like the others
+                answer = {"pid": started.pid}
             else:
                 answer = {"status": ended.get(request["ended"])}
             os.write(1, json.dumps(answer).encode() + b"\n")
