@@ -68,6 +68,11 @@ class Mailbox:
         else:
             self._waiting[key] = future
 
+    def pop_early(self, kind: str, tag: str) -> list[Envelope]:
+        """Return what has come of a conversation that nobody had asked for so far, in order of arrival."""
+        found = [key for key in self._early if key[:2] == (kind, tag)]
+        return [self._early.pop(key) for key in found]
+
     def give_up(self, kind: str, tag: str, round: int, sources: list[int]) -> None:
         """Wait no longer for messages of these sources; should they still come, they are dropped."""
         for source in sources:

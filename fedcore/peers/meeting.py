@@ -108,6 +108,8 @@ class Meeting:
         self._seen: dict[int, int] = {}                               # newest proposal, by initiator
         self._bound: dict[int, dict[int, Bound]] = {}                 # by initiator and number
         self._idle: list[asyncio.Future[None]] = []
+        for envelope in peer.mailbox.pop_early("meeting", tag):    # of partners that began before this peer
+            self.take(envelope)
 
     def rebind(self, offer: Offer, apply: Apply, timeout_s: float) -> None:
         """Let other functions of the same peer answer from now on."""

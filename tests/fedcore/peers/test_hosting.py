@@ -68,7 +68,7 @@ def test_hosted_peers_end_with_the_bits_of_a_simulation(name, tmp_path):
 
 
 def test_strategies_by_time_go_on_from_segment_to_segment():
-    settings = experiment(strategy={"name": "gossip_sgd", "mode": "asynchronous", "graph": "ring"}, rounds=3)
+    settings = experiment(strategy={"name": "gossip_sgd", "mode": "asynchronous", "graph": "ring"}, rounds=15)
     versions = []
     result = hosted(settings, None, HostRules(segment=0.03),
                     lambda version, arrays: versions.append(version) or MetricRecord({"loss": 1.0}))

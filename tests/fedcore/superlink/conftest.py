@@ -78,7 +78,7 @@ def flwr_run(tmp_path_factory) -> Iterator[FlwrRun]:
         for partition in range(2):
             stack.enter_context(running(
                 [BIN / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", free_port(),
-                 "--node-config", f"partition-id={partition}"],
+                 "--node-config", f"partition-id={partition} peer-listen='127.0.0.1:{free_port()}'"],
                 environment, folder / f"supernode-{partition}.log", folder,
             ))
 

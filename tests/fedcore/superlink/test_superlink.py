@@ -49,3 +49,15 @@ def test_fedcompass_finishes_and_settings_can_be_changed_at_the_start_of_a_run(f
     assert run.summary["client_updates"] >= 6
     assert run.summary["final_accuracy"] > 0.5
     assert [client["num_examples"] > 100 for client in run.clients] == [True, True]
+
+
+def test_peers_talk_to_each_other_and_end_with_the_bits_of_virtual_time(flwr_run, tmp_path):
+    """Every segment has processes of its own: what a peer must not forget is in Flower's `Context.state`."""
+    file, app = exported(tmp_path, strategy={"name": "noloco", "inner_steps": 5}, stop={"rounds": 4},
+                         peers={"segment": 2})
+    result = flwr_run(app, "-c", f'out="{tmp_path / "run"}"')
+    assert (tmp_path / "run" / "summary.json").is_file(), result.stdout[-3000:] + result.stderr[-3000:]
+    theirs, ours = Run(tmp_path / "run"), simulate(file, out=tmp_path / "virtual")
+    assert all(torch.equal(values, theirs.model()[name]) for name, values in ours.model().items())
+    assert [row["version"] for row in theirs.rows("evaluate")] == [0, 2, 4]
+    assert theirs.summary["exchanges"] == ours.summary["exchanges"] == 8
