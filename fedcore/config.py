@@ -116,12 +116,13 @@ class Round(Section):
 
 
 class Peers(Section):
-    """How a server hosts a strategy of peers.
+    """How a server hosts a strategy of peers, and when one of them counts as lost.
 
     Attributes:
         segment: how long peers are by themselves between two meetings with the server, which evaluates, saves, and lets
             others join: steps; seconds for strategies that stop by time.
-        lost_after_s: a peer that the others could not reach for so long takes no further part in a segment.
+        lost_after_s: a peer that the others could not reach for so long takes no further part in a segment; without a
+            server, and in simulations, until it joins anew.
     """
 
     segment: Positive = 10

@@ -11,6 +11,8 @@ from fedcore.simulations.loop import VirtualLoop
 from fedcore.simulations.peer_wire import VirtualWire
 
 ROUNDING = 1e-12
+# A change of members is written down with their ranks, up to so many.
+MOST_NAMED_MEMBERS = 2000
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,19 @@ class Host(Protocol):
         """Take note that all members have finished a step; reports are in ascending order of rank."""
 
 
+class Attendance(Protocol):
+    """Learns of steps, where peers go and come."""
+
+    def before(self, step: int) -> None:
+        """Take note that nobody has begun a step yet, and that somebody does now."""
+
+    def wants_state(self, step: int) -> bool:
+        """Say whether the first that ends a step is to hand in its state."""
+
+    def ended(self, rank: int, step: int, state: dict[str, Any]) -> None:
+        """Take note of the first that has ended a step."""
+
+
 class VirtualBoard:
     """The meeting point of all virtual peers.
 
@@ -60,7 +75,7 @@ class VirtualBoard:
         num_steps: int | None, step_s: float | None, stop_s: float | None,
     ):
         self._loop, self._wire, self._host, self._num_ranks = loop, wire, host, num_ranks
-        self.num_steps, self._step_s, self._stop_s = num_steps, step_s, stop_s
+        self.num_steps, self._step_s, self.stop_s = num_steps, step_s, stop_s
         self.stop_reason: str | None = None if num_steps is None else "rounds"
         self.begun = -1                                            # the latest step that any peer has begun
         self.closed = -1                                           # the latest step that all have finished
@@ -69,14 +84,14 @@ class VirtualBoard:
         self._logged: dict[int, list[tuple[float, str, dict[str, Any]]]] = {}
         self._began: dict[int, float] = {}
         self._gathered: dict[int, asyncio.Future[None]] = {}       # who waits for the others at the end of a step
-        self.on_donor: dict[tuple[int, int], Callable[[dict[str, Any]], None]] = {}
+        self.attendance: Attendance | None = None
         self.ends_at = math.inf
         self._ending: asyncio.Task[None] | None = None
         if step_s is not None:
             if stop_s is not None:
                 # A quotient that is rounded up by its last bit must not make one more step.
                 self.num_steps, self.stop_reason = math.ceil(stop_s / step_s * (1 - ROUNDING)), "seconds"
-            self._open(0)
+            self.open(0)
         elif stop_s is not None:
             loop.call_at(stop_s, self.stop, "seconds")
 
@@ -113,17 +128,18 @@ class VirtualBoard:
         return first
 
     def remove(self, rank: int) -> None:
-        """Take note that a peer is gone for good."""
+        """Take note that a peer is gone."""
         self.change_members(tuple(other for other in self.changes[-1][1].members if other != rank))
+        self._gathered.pop(rank, None)
+        self._logged.pop(rank, None)
         self._wire.lose(rank)
-        for step in sorted(self._reports):
-            self._try_to_close(step)
+        self._try_to_close(self.closed + 1)
         self._try_to_end()
 
     def _awaited(self, step: int) -> list[int]:
         """Return whose reports a step needs: those of its members that live, or have reported before they went."""
-        reports = self._reports.get(step, {})
-        return [rank for rank in self.membership(step).members if rank not in self._wire.gone or rank in reports]
+        reports, found = self._reports.get(step, {}), self.membership(step)
+        return [rank for rank in found.members if not self._wire.is_lost(rank, found.epoch) or rank in reports]
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -131,9 +147,17 @@ class VirtualBoard:
         """Return who takes part in a step; None when the run ends before it."""
         if self.num_steps is not None and step >= self.num_steps:
             return None
+        if self.attendance is not None and step > self.begun:
+            self.attendance.before(step)
         self.begun = max(self.begun, step)
         self._began[peer.rank] = self.now
-        return self.membership(step)
+        found = self.membership(step)
+        for rank in peer.mailbox.lost.intersection(found.members) if found.epoch != peer.epoch else ():
+            if not self._wire.is_lost(rank, found.epoch):
+                peer.find(rank)
+        if found.epoch != peer.epoch and peer.rank == found.members[0] and len(found.members) <= MOST_NAMED_MEMBERS:
+            self.log(peer, {"epoch": found.epoch, "members": list(found.members)})
+        return found
 
     async def report(self, peer: Peer, state: Callable[[], Any]) -> None:
         """Take note that a peer has finished its step."""
@@ -143,16 +167,16 @@ class VirtualBoard:
             self._try_to_end()
             await self._gathered[peer.rank]
         plain = state()
-        donates = self.on_donor.pop((peer.rank, step), None)
-        whole = peer.state_dict(plain) if donates or self._host.wants_state(step) else None
-        if donates and whole is not None:
-            donates(whole)
+        is_first = self.attendance is not None and self.attendance.wants_state(step)
+        whole = peer.state_dict(plain) if is_first or self._host.wants_state(step) else None
+        if is_first and self.attendance is not None and whole is not None:
+            self.attendance.ended(peer.rank, step, whole)
         counters = peer.counters.as_dict()
         reports = self._reports.setdefault(step, {})
         reports[peer.rank] = Report(
             peer.rank, self._began[peer.rank], self.now, peer.params, peer.buffers, peer.loss, counters,
             self._logged.pop(peer.rank, []), whole)
-        if len(reports) >= len(self.membership(step).members) - len(self._wire.gone):
+        if len(reports) >= len(self.membership(step).members) - len(self._wire.lost_until):
             self._try_to_close(step)
 
     def log(self, peer: Peer, figures: Mapping[str, Any]) -> None:
@@ -161,13 +185,16 @@ class VirtualBoard:
         self._logged.setdefault(peer.rank, []).append((self.now, event, dict(figures)))
 
     def _try_to_close(self, step: int) -> None:
+        if step != self.closed + 1 or step > self.begun:
+            return
         reports = self._reports.get(step, {})
-        awaited = self._awaited(step)
-        if reports and len(reports) == len(awaited) and step == self.closed + 1:
-            del self._reports[step]
-            self.closed = step
+        if len(reports) < len(self._awaited(step)):
+            return
+        self._reports.pop(step, None)
+        self.closed = step
+        if reports:    # else none of its members has lived to its end
             self._host.close_step(step, [reports[rank] for rank in sorted(reports)])
-            self._try_to_close(step + 1)
+        self._try_to_close(step + 1)
 
     def stop(self, reason: str) -> None:
         """End the run after the latest step that anybody has begun."""
@@ -186,20 +213,21 @@ class VirtualBoard:
         self.changes = [(first, Membership(epoch, tuple(members))) for first, epoch, members in state["changes"]]
         self.begun = self.closed = step
         if self._step_s is not None:
-            self._open(step + 1)
+            self.open(step + 1)
 
     # ---- strategies that stop by time -------------------------------------------------------------------------------
 
-    def _open(self, step: int) -> None:
+    def open(self, step: int) -> None:
         """Fix when a step ends; absolute times do not drift."""
         assert self._step_s is not None
         self.ends_at = (step + 1) * self._step_s
-        if self._stop_s is not None and step + 1 == self.num_steps:
-            self.ends_at = min(self.ends_at, self._stop_s)
+        if self.stop_s is not None and step + 1 == self.num_steps:
+            self.ends_at = min(self.ends_at, self.stop_s)
 
     def _try_to_end(self) -> None:
         """End a step once all who live have come to its end."""
-        living = [rank for rank in self.membership(max(self.begun, 0)).members if rank not in self._wire.gone]
+        found = self.membership(max(self.begun, 0))
+        living = [rank for rank in found.members if not self._wire.is_lost(rank, found.epoch)]
         if self._gathered and set(living) <= self._gathered.keys() and self._ending is None:
             self._ending = self._loop.create_task(self._end_step(living))
 
@@ -211,7 +239,7 @@ class VirtualBoard:
         if self.now < self.ends_at:
             await self.sleep_until(0, self.ends_at)
         waiting, self._gathered, self._ending = self._gathered, {}, None
-        self._open(self.begun + 1)
+        self.open(self.begun + 1)
         for rank in sorted(waiting):
             _wake(waiting[rank])
 

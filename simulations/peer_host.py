@@ -49,6 +49,7 @@ class PeerHost:
         stop: the targets that end the run.
         save_every_s: wall seconds between checkpoints; 0: after every step.
         extra_state: what a checkpoint holds besides the peers.
+        can_save: asked whether a run can go on from the end of a step.
         stop_run: called with the reason when the run is to end.
         interrupted: asked after every step.
     """
@@ -70,6 +71,7 @@ class PeerHost:
         self._save_step = 0 if save_every_s == 0 else -1
         self._rows = 0
         self.extra_state: Callable[[int], dict[str, Any]] = lambda step: {}
+        self.can_save: Callable[[int, Sequence[Report]], bool] = lambda step, reports: True
         self.begun: Callable[[], int] = lambda: -1
         self.num_steps: Callable[[], int | None] = lambda: None
         self.stop_run: Callable[[str], None] = lambda reason: None
@@ -89,14 +91,14 @@ class PeerHost:
         self._write_logged(reports)
         for report in reports:
             self._write_task(step, report, before)
-        self._counters = {report.rank: report.counters for report in reports}
+        self._counters = {**self._counters, **{report.rank: report.counters for report in reports}}
         figures: dict[str, Any] = {**self.main_totals(), "loss": mean_of([report.loss for report in reports])}
         if len(reports) <= MOST_NAMED_PEERS:
             figures["nodes"] = [report.rank for report in reports]
         self.recorder.metric(self.time_s, "update", version=self.version, **figures)
         if self._is_due():
             self.evaluate(reports)
-        if all(report.state is not None for report in reports):
+        if all(report.state is not None for report in reports) and self.can_save(step, reports):
             self._save(step, reports)
         self.last_params = [report.params for report in reports]
         self._look_after(reports)

@@ -35,6 +35,7 @@ class Contribution:
 class Reduction:
     """A mean over all members that is under way."""
 
+    epoch: int
     members: tuple[int, ...]
     places: dict[int, int]    # by rank
     contributions: dict[int, Contribution]
@@ -43,8 +44,8 @@ class Reduction:
 class VirtualWire:
     """Links with latency and bandwidth per node; a node sends one message after another, and all of them arrive.
 
-    A message that reaches a node while it is offline waits until it is back. Messages are lost only where the failures
-    of the simulation say so: then neither end ever hears of them.
+    A message that reaches a node while it is offline waits until it is back, unless the node is lost meanwhile. Messages
+    are lost only where the failures of the simulation say so: then neither end ever hears of them.
 
     Args:
         num_nodes: ranks are below it.
@@ -58,9 +59,10 @@ class VirtualWire:
         self._loop, self._network, self._num_nodes = loop, network, num_nodes
         self._availability, self._failures = availability, failures
         self.peers: dict[int, Peer] = {}
-        self.gone: set[int] = set()
+        self.lost_until: dict[int, float] = {}      # by rank: the last epoch in which it is lost; infinity: it is away
         self._sent: dict[int, int] = {}             # messages by sender
         self._uplink_free: dict[int, float] = {}
+        self._held_up: dict[int, list[asyncio.Future[bool]]] = {}    # by receiver that was offline when they came
         self._reductions: dict[tuple[str, int], Reduction] = {}
         self._finished: dict[str, tuple[int, Reduced]] = {}         # by tag: the latest
         self._observers: dict[tuple[str, int], list[asyncio.Future[Reduced]]] = {}
@@ -81,6 +83,8 @@ class VirtualWire:
         if at == math.inf:
             acknowledged.set_result(False)
         else:
+            if at > now + latency:
+                self._held_up.setdefault(to, []).append(acknowledged)
             self._loop.deliver_at(at, tie, self._deliver, to, envelope, acknowledged, latency, index)
         return acknowledged
 
@@ -88,7 +92,7 @@ class VirtualWire:
         self, to: int, envelope: Envelope, acknowledged: "asyncio.Future[bool]", latency: float, index: int
     ) -> None:
         peer = self.peers.get(to)
-        if peer is None or to in self.gone:
+        if peer is None or self.lost_until.get(to) == math.inf:
             self._acknowledge(acknowledged, False)
             return
         peer.take(envelope)
@@ -125,7 +129,7 @@ class VirtualWire:
         reduction = self._reductions.get((tag, round))
         if reduction is None:
             reduction = self._reductions[tag, round] = Reduction(
-                peer.members, {rank: place for place, rank in enumerate(peer.members)}, {})
+                peer.epoch, peer.members, {rank: place for place, rank in enumerate(peer.members)}, {})
         count, place = len(reduction.members), reduction.places[peer.rank]
         if isinstance(vector, Packed):
             peer.counters.bytes_sent += vector.bytes_sent(count)
@@ -153,9 +157,10 @@ class VirtualWire:
 
     def _try_to_finish(self, tag: str, round: int) -> None:
         reduction = self._reductions[tag, round]
-        if len(reduction.contributions) < len(reduction.members) - len(self.gone):
+        if len(reduction.contributions) < len(reduction.members) - len(self.lost_until):
             return    # whoever else is missing: looking at all members each time would take N squared steps
-        ranks = [rank for rank in reduction.members if rank not in self.gone or rank in reduction.contributions]
+        ranks = [rank for rank in reduction.members
+                 if rank in reduction.contributions or not self.is_lost(rank, reduction.epoch)]
         if len(reduction.contributions) < len(ranks):
             return
         del self._reductions[tag, round]
@@ -199,11 +204,23 @@ class VirtualWire:
 
     # ---- those who come and go --------------------------------------------------------------------------------------
 
+    @property
+    def gone(self) -> set[int]:
+        """Ranks that are away."""
+        return {rank for rank, until in self.lost_until.items() if until == math.inf}
+
+    def is_lost(self, rank: int, epoch: int) -> bool:
+        """Say whether nothing will come of a peer in an epoch, though it was a member."""
+        return self.lost_until.get(rank, -1.0) >= epoch
+
     def lose(self, rank: int) -> None:
-        """Take note that a peer is gone for good; those who live go on without it."""
-        self.gone.add(rank)
+        """Take note that a peer is gone; those who live go on without it."""
+        self.lost_until[rank] = math.inf
+        away = self.gone
+        for acknowledged in self._held_up.pop(rank, []):
+            self._acknowledge(acknowledged, False)
         for other in sorted(self.peers):
-            if other not in self.gone:
+            if other not in away:
                 self.peers[other].lose(rank)
         for tag, round in list(self._reductions):
             self._try_to_finish(tag, round)

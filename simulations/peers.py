@@ -2,6 +2,7 @@
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedcore.config import Experiment
 from fedcore.errors import BadInput, UnusableCheckpoint
 from fedcore.launch import Interrupt, peak_rss_mb
 from fedcore.options import Evaluation, StopRule
+from fedcore.peers.counters import Counters
 from fedcore.peers.packing import packing_for
 from fedcore.peers.peer import Peer
 from fedcore.peers.strategy import STEPS_BY_TIME, PeerStrategy
@@ -41,6 +43,7 @@ from fedcore.simulations.failures import Failures
 from fedcore.simulations.loop import make_loop
 from fedcore.simulations.memory import collecting_rarely, exempt_what_is_loaded
 from fedcore.simulations.network import Network
+from fedcore.simulations.peer_attendance import Attendance
 from fedcore.simulations.peer_board import Report, VirtualBoard
 from fedcore.simulations.peer_host import Measure, PeerHost
 from fedcore.simulations.peer_labour import VirtualLabour
@@ -51,6 +54,7 @@ logger = logging.getLogger("fedcore")
 
 MAX_DESCRIBED_PEERS = 2000
 # Counted in the summary where there were any.
+NOBODY_LEFT = "nobody is left"
 TROUBLES = ("silent", "asymmetric_exchanges", "failed_meetings")
 
 
@@ -84,6 +88,10 @@ class PeerSimulation:
         self.wire = VirtualWire(self.loop, self.network, count, self.availability, self.failures)
         self.peers: dict[int, Peer] = {}
         self.board: VirtualBoard
+        self.attendance: Attendance | None = None
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._ended: set[int] = set()        # who has come to the end of the run
+        self._over: asyncio.Future[None]
         self.finished = False
 
     def _initial_model(self) -> Model:
@@ -149,15 +157,20 @@ class PeerSimulation:
         board, host = self.board, self.host
         host.begun, host.num_steps, host.stop_run = lambda: board.begun, lambda: board.num_steps, board.stop
         host.extra_state = self._extra_state
+        self.attendance = self._attend()
         if saved is None:
             self.recorder.metric(0.0, "start", version=0, nodes=len(here), num_params=self.model.layout.num_params)
             for rank in here:
                 self._make(rank)
+            if self.attendance is not None:
+                self.attendance.begin(here)
         else:
             self._restore(saved)
-        starts = {rank: None if saved is None else saved["peers"][rank]["at"] for rank in sorted(self.peers)}
-        await asyncio.gather(*[self.loop.create_task(self._run(self.peers[rank], at), name=f"peer {rank}")
-                               for rank, at in starts.items()])
+            here = tuple(sorted(set(self.board.membership(saved["step"] + 1).members) & saved["peers"].keys()))
+        self._over = self.loop.create_future()
+        for rank in here:
+            self._launch(rank, None if saved is None else saved["peers"][rank]["at"])
+        await self._over
         self._finish()
 
     def _times(self) -> tuple[float | None, float | None]:
@@ -195,12 +208,90 @@ class PeerSimulation:
         await self.strategy.run(peer)
         peer.close()
 
+    def _launch(self, rank: int, begins_at: float | None) -> None:
+        task = self.loop.create_task(self._run(self.peers[rank], begins_at), name=f"peer {rank}")
+        self._running[rank] = task
+        task.add_done_callback(lambda done: self._on_done(rank, done))
+
+    def _on_done(self, rank: int, task: "asyncio.Task[None]") -> None:
+        if self._running.get(rank) is task:
+            del self._running[rank]
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                if not self._over.done():
+                    self._over.set_exception(error)
+                return
+            self._ended.add(rank)
+        self._look_whether_it_is_over()
+
+    def _look_whether_it_is_over(self) -> None:
+        """End the run once nobody is left who does anything, or will."""
+        if self._running or self._over.done():
+            return
+        arrival = math.inf if self.attendance is None else self.attendance.next_arrival
+        if self._ended or arrival >= (self.board.stop_s or math.inf):
+            self.board.stop_reason = self.board.stop_reason if self._ended else NOBODY_LEFT
+            self._over.set_result(None)
+
+    # ---- those who go and come --------------------------------------------------------------------------------------
+
+    def _attend(self) -> Attendance | None:
+        if self.availability is None:
+            return None
+        count, lost_after_s = self.settings.clients.count, self.settings.peers.lost_after_s
+        attendance = Attendance(self.loop, self.availability, self.network, self.board, self.wire, count, lost_after_s,
+                                self._lose, self._prepare, self._start)
+        self.host.can_save = lambda step, reports: attendance.can_save(
+            step, {report.rank: report.state for report in reports if report.state is not None})
+        return attendance
+
+    def _lose(self, rank: int) -> dict[str, Any]:
+        """End a peer; what it has counted outlives it."""
+        peer, task = self.peers[rank], self._running.get(rank)
+        remnants = {"counters": peer.counters.as_dict(), "wire": self.wire.state_dict(rank),
+                    "pieces": peer.labour.state_dict().get("pieces", 0),
+                    "clocks": {name: (count, None) for name, (count, _) in peer.clocks.items()}}
+        peer.close()
+        if task is not None:
+            task.cancel()
+        for other in sorted(self.peers):
+            if other != rank:
+                peer.lose(other)    # nothing of it stays open
+        return remnants
+
+    def _prepare(self, rank: int, remnants: Mapping[str, Any]) -> None:
+        """Make a peer that takes messages already, for one that comes."""
+        peer = self._make(rank)
+        peer.incarnation = int(self.wire.lost_until[rank]) + 1
+        for other in self.wire.gone:
+            peer.mailbox.lose(other)
+        if remnants:
+            peer.counters, peer.clocks = Counters(**remnants["counters"]), dict(remnants["clocks"])
+            self.wire.load_state_dict(rank, remnants["wire"])
+            peer.labour.load_state_dict({**peer.labour.state_dict(), "pieces": remnants["pieces"]})
+
+    def _start(self, rank: int, given: Mapping[str, Any]) -> None:
+        """Let one that has come begin, with a living peer's model and place in the schedule."""
+        peer = self.peers[rank]
+        if "params" in given:
+            work, own = dict(given["labour"]["work"]), peer.labour.state_dict()
+            peer.labour.load_state_dict({**own, "work": {**work, "optimizer": None} if "optimizer" in work else work})
+            state = None if given["state"] is None else self.strategy.newcomer(given["state"])
+            peer.start_from(state, given["params"], given["buffers"], given["step"])
+            peer.take_up([{"tag": one["tag"], "round": one["round"], "vector": None, "weight": 0.0,
+                           "began": self.board.now, "charged": True} for one in given["pending"]])
+        else:
+            peer.step = given["step"]    # nobody has come to the end of a step yet
+        self._launch(rank, self.board.now)
+
     def _finish(self) -> None:
         """Evaluate what the peers ended with, where that differs from their last step, and write the end."""
         host, now = self.host, self.board.now
         self.finished = True
-        host.finish([Report(rank, now, now, peer.params, peer.buffers, peer.loss, peer.counters.as_dict(), [], None)
-                     for rank, peer in sorted(self.peers.items()) if rank not in self.wire.gone])
+        reports = [Report(rank, now, now, peer.params, peer.buffers, peer.loss, peer.counters.as_dict(), [], None)
+                   for rank, peer in sorted(self.peers.items()) if rank in self._ended]
+        if reports:
+            host.finish(reports)
         self.recorder.metric(host.time_s, "stop", version=host.version, reason=self.board.stop_reason,
                              **host.main_totals())
         self.recorder.flush()
@@ -221,9 +312,12 @@ class PeerSimulation:
         self.host.load_state_dict(saved["host"])
         self.host.last_params = [self.peers[rank].params for rank in sorted(self.peers)]
         self.board.load_state_dict(saved["board"], saved["step"])
+        if self.attendance is not None:
+            self.attendance.load_state_dict(saved["attendance"], saved["step"], saved["peers"])
 
     def _extra_state(self, step: int) -> dict[str, Any]:
-        return {"board": self.board.state_dict(step)}
+        attendance = {} if self.attendance is None else {"attendance": self.attendance.state_dict(step)}
+        return {"board": self.board.state_dict(step), **attendance}
 
     # ---- the folder -------------------------------------------------------------------------------------------------
 
