@@ -44,8 +44,8 @@ class Reduction:
 class VirtualWire:
     """Links with latency and bandwidth per node; a node sends one message after another, and all of them arrive.
 
-    A message that reaches a node while it is offline waits until it is back, unless the node is lost meanwhile. Messages
-    are lost only where the failures of the simulation say so: then neither end ever hears of them.
+    A message that reaches a node while it is offline waits until it is back, unless the node is lost meanwhile.
+    Messages are lost only where the failures of the simulation say so: then neither end ever hears of them.
 
     Args:
         num_nodes: ranks are below it.
