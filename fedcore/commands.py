@@ -32,7 +32,7 @@ def run_experiment(
         meta: gets the run's folder, for whoever reports a defect.
     """
     from fedcore.launch import new_folder
-    from fedcore.simulations.run import simulate
+    from fedcore.simulations.run import run_until_asked
 
     console = make_console()
     if resume is not None:
@@ -47,8 +47,8 @@ def run_experiment(
     console.print(f"{experiment.strategy_name} on {experiment.task_name}, {experiment.clients.count} clients, "
                   f"seed {experiment.seed}: {folder}", markup=False, soft_wrap=True)
     with ending_well(console, folder, "fedcore simulate"), Progress.of(console, experiment) as progress:
-        run = simulate(None if resume else experiment, out=None if resume else folder, workers=workers,
-                       resume=resume, on_row=progress.on_row, overrides=overrides if resume else ())
+        run, _ = run_until_asked(None if resume else experiment, None if resume else folder, workers, resume,
+                                 progress.on_row, overrides if resume else ())
     return conclude(console, run)
 
 

@@ -1,6 +1,7 @@
 """One experiment from its file to its run folder, in virtual time."""
 import json
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +64,20 @@ def simulate(
     Raises:
         BadInput: settings, data or folders that cannot be used.
         AllNodesFailed, NothingCanHappen: the run cannot go on; the folder is complete up to that moment.
+        KeyboardInterrupt: after Ctrl-C, once the run is saved and its folder complete. SIGTERM then ends the process as
+            it does elsewhere, and handlers of the caller's own are called.
     """
+    run, asked_with = run_until_asked(experiment, out, workers, resume, on_row, overrides)
+    if asked_with is not None:
+        signal.raise_signal(asked_with)    # whoever asked meant the caller, too, and not this run alone
+    return run
+
+
+def run_until_asked(
+    experiment: Experiment | Mapping[str, Any] | str | Path | None, out: str | Path | None, workers: int,
+    resume: str | Path | None, on_row: Listener | None, overrides: Sequence[str],
+) -> tuple[Run, int | None]:
+    """Do what `simulate` does; returns the run, and the signal that ended it early, if one did."""
     if workers < 0:
         raise BadInput(f"workers={workers}, but it must be 0 (compute in this process) or more.")
     if resume is not None:
@@ -78,9 +92,9 @@ def simulate(
         folder = new_folder(out, settings)
     strategy = settings.build_strategy()
     with one_torch_thread(), quiet_flower():
-        if isinstance(strategy, PeerStrategy):
-            return PeerSimulation(settings, strategy, folder, on_row).run(resuming=resume is not None)
-        return Simulation(settings, folder, workers, on_row).run(resuming=resume is not None)
+        launched = PeerSimulation(settings, strategy, folder, on_row) if isinstance(strategy, PeerStrategy) else \
+            Simulation(settings, folder, workers, on_row)
+        return launched.run(resuming=resume is not None), launched.interrupt.asked_with
 
 
 class Simulation(Launch):

@@ -31,7 +31,7 @@ UPDATES = 60            # of the run that keeps count
 ROUNDS = 120            # of the runs whose bits are compared
 LONGEST_S = 120.0       # a run that takes longer hangs
 FAULTS = ("kill_server", "kill_client", "stop_server", "stop_client", "cut", "cut_mid_transfer", "slow_link",
-          "partition", "terminate_server", "jump_clock")
+          "partition", "terminate_server", "jump_clock", "repeat_replies")
 TRAIN = {"lr": 0.1, "batch_size": 8, "local_steps": 3, "optimizer": "sgd"}
 
 
@@ -69,9 +69,10 @@ class Nursery:
             raise RuntimeError("the nursery died")
         return json.loads(answer)
 
-    def start(self, arguments: list[str], log: Path, folder: Path, jump_s: float = 0.0) -> int:
+    def start(self, arguments: list[str], log: Path, folder: Path, jump_s: float = 0.0, repeats: bool = False) -> int:
         """Start a command; returns the process's number."""
-        return int(self._ask({"start": arguments, "log": str(log), "folder": str(folder), "jump_s": jump_s})["pid"])
+        return int(self._ask({"start": arguments, "log": str(log), "folder": str(folder), "jump_s": jump_s,
+                              "repeats": repeats})["pid"])
 
     def spawn(self, arguments: list[str], log: Path, folder: Path) -> int:
         """Start a command in a process that is not forked from one of ours; returns its number."""
@@ -129,12 +130,12 @@ class Federation:
         self.server = self.nursery.start(["server", *what, "--listen", f"127.0.0.1:{self.port}", "--insecure"],
                                          self.folder / "server.log", self.folder, jump_s)
 
-    def start_client(self, index: int, jump_s: float = 0.0) -> None:
+    def start_client(self, index: int, jump_s: float = 0.0, repeats: bool = False) -> None:
         """Start a client, which may find the state that it left."""
         self.clients[index] = self.nursery.start(
             ["client", "experiment.yaml", "--server", f"127.0.0.1:{self.proxies[index].port}", "--insecure", "--name",
              f"site-{index}", "--node-config", f"partition-id={index}", "--state", f"state-{index}"],
-            self.folder / f"client-{index}.log", self.folder, jump_s)
+            self.folder / f"client-{index}.log", self.folder, jump_s, repeats)
 
     def send(self, pid: int | None, number: int) -> None:
         """Send a signal to a process that may have ended."""
@@ -206,10 +207,10 @@ class Night:
         self.federation.send(self.federation.clients[victim], signal.SIGKILL)
         self._restart_client(victim)
 
-    def _restart_client(self, victim: int, jump_s: float = 0.0) -> None:
+    def _restart_client(self, victim: int, jump_s: float = 0.0, repeats: bool = False) -> None:
         self._pause(self.random.uniform(0.0, 0.5))
         if self.federation.wait(self.federation.clients[victim], 60) != 0:
-            self.federation.start_client(victim, jump_s)
+            self.federation.start_client(victim, jump_s, repeats)
 
     def stop_server(self, _: int) -> None:
         self._hold(self.federation.server)
@@ -250,6 +251,11 @@ class Night:
         else:
             self.federation.send(self.federation.clients[victim], signal.SIGKILL)
             self._restart_client(victim, jump_s)
+
+    def repeat_replies(self, victim: int) -> None:
+        """Restart a client as one whose replies are overtaken, come twice, and come again long after."""
+        self.federation.send(self.federation.clients[victim], signal.SIGKILL)
+        self._restart_client(victim, repeats=True)
 
 
 def rows_of(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -13,15 +13,19 @@ import sys
 import time
 
 import torch  # noqa: F401 (what takes long to import is imported here, once)
+from delivery import misbehave  # a neighbour, and what it imports
 
 import fedcore.deploy_commands  # noqa: F401
 import fedcore.simulations.run  # noqa: F401
-import fedcore.transport.agent  # noqa: F401
 from fedcore.cli import main
 
 
-def start(arguments: list[str], log: str, folder: str, jump_s: float) -> int:
-    """Fork a process that runs a command, with a wall clock that is off by so many seconds; returns its number."""
+def start(arguments: list[str], log: str, folder: str, jump_s: float, repeats: bool) -> int:
+    """Fork a process that runs a command, with a wall clock that is off by so many seconds; returns its number.
+
+    Args:
+        repeats: of a client: its replies come late, twice, and again.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -36,6 +40,8 @@ def start(arguments: list[str], log: str, folder: str, jump_s: float) -> int:
         if jump_s:
             right = time.time
             time.time = lambda: right() + jump_s
+        if repeats:
+            misbehave()
         sys.argv = ["fedcore", *arguments]
         main()
         status = 0
@@ -72,7 +78,8 @@ def serve() -> None:
             line, buffer = buffer.split(b"\n", 1)
             request = json.loads(line)
             if "start" in request:
-                answer = {"pid": start(request["start"], request["log"], request["folder"], request["jump_s"])}
+                answer = {"pid": start(request["start"], request["log"], request["folder"], request["jump_s"],
+                                       request["repeats"])}
             elif "spawn" in request:
                 command = [sys.executable, "-m", "fedcore", *request["spawn"]]
                 with open(request["log"], "ab") as log:
