@@ -227,8 +227,9 @@ class Board:
             "kind": "work", "id": job.name, "type": about.message_type, "group": about.group_id, "ttl": about.ttl,
             "size": framed.size, "inline": small,
         }, framed if small else None)
-        if small:
+        if small and member.connected:    # the announcement holds all of it
             member.down.add(framed.size, self.now())
+            job.enter("working", self.now())
 
     def delivered(self, job: Job) -> None:
         """Note that a node has a request whole.

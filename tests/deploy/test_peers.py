@@ -35,24 +35,6 @@ def peers(machines: Machines, ports, *more):
     return [machines.client(index, *more, "--peer-listen", f"127.0.0.1:{port}") for index, port in enumerate(ports)]
 
 
-@pytest.mark.slow
-def test_three_peers_with_certificates_end_with_the_bits_of_a_simulation(machines, tmp_path):
-    machines.write(experiment())
-    certify(tmp_path)
-    server = machines.server("--tls", "server")
-    clients = [machines.client(index, "--tls", f"site-{index}", "--peer-listen", f"127.0.0.1:{port}")
-               for index, port in enumerate(free_ports(COUNT))]
-    assert machines.wait(server) == 0, machines.said(server)
-    assert machines.wait_all(clients) == [0] * COUNT
-    real, virtual = Run(tmp_path / "run"), simulate(tmp_path / "experiment.yaml", out=tmp_path / "virtual")
-    assert all(torch.equal(values, virtual.model()[name]) for name, values in real.model().items())
-    for name in ("final_accuracy", "versions", "rounds", "gradients", "exchanges", "client_updates"):
-        assert real.summary[name] == virtual.summary[name], name
-    assert real.summary["consensus_distance"] == pytest.approx(virtual.summary["consensus_distance"])
-    assert [row["version"] for row in real.rows("evaluate")] == [0, 4, 8, 9]
-    assert (tmp_path / "run" / "report.html").is_file()
-
-
 def versions(tmp_path):
     """Return the versions that the server has published so far, and who took part in each."""
     file = tmp_path / "run" / "metrics.jsonl"
@@ -68,12 +50,34 @@ def wait_until(machines, server, condition, timeout_s=60.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["co2"])
-def test_a_peer_that_is_killed_is_left_out_and_comes_back_with_the_next_segment(machines, tmp_path, name):
+def test_three_peers_end_with_the_bits_of_a_simulation_though_the_server_was_killed(machines, tmp_path):
+    machines.write(experiment(stop={"rounds": 50}, checkpoint={"every_s": 0}))
+    certify(tmp_path)
+    server = machines.server("--tls", "server")
+    clients = [machines.client(index, "--tls", f"site-{index}", "--peer-listen", f"127.0.0.1:{port}")
+               for index, port in enumerate(free_ports(COUNT))]
+    wait_until(machines, server, lambda: len(versions(tmp_path)) >= 3)
+    machines.send(server, signal.SIGKILL)
+    machines.wait(server)
+    assert versions(tmp_path)[-1][0] < 50
+    server = machines.server("--tls", "server", "--resume", "run")
+    assert machines.wait(server) == 0, machines.said(server)
+    assert machines.wait_all(clients) == [0] * COUNT
+    real, virtual = Run(tmp_path / "run"), simulate(tmp_path / "experiment.yaml", out=tmp_path / "virtual")
+    assert all(torch.equal(values, virtual.model()[name]) for name, values in real.model().items())
+    for name in ("final_accuracy", "versions", "rounds", "gradients", "exchanges", "client_updates"):
+        assert real.summary[name] == virtual.summary[name], name
+    assert real.summary["consensus_distance"] == pytest.approx(virtual.summary["consensus_distance"])
+    assert [row["version"] for row in real.rows("evaluate")] == [0, *range(4, 50, 4), 50]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_killed_is_left_out_and_comes_back_with_the_next_segment(machines, tmp_path):
     everybody = list(range(COUNT))
-    machines.write(experiment(strategy={"name": name, "inner_steps": 5}, stop={"rounds": 100_000},
+    machines.write(experiment(strategy={"name": "co2", "inner_steps": 5}, stop={"rounds": 100_000},
                               peers={"segment": 20, "lost_after_s": 1.0}, evaluate={"every": 20}))
-    server, ports = machines.server("--verbose"), free_ports(COUNT)
+    server, ports = machines.server(), free_ports(COUNT)
     clients = peers(machines, ports)
     wait_until(machines, server, lambda: len(versions(tmp_path)) >= 2)
     machines.send(clients[2], signal.SIGKILL)

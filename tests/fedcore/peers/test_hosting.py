@@ -9,6 +9,7 @@ from fedcore.clients.build import build_client, build_task, train_settings
 from fedcore.clients.modules import initial_model
 from fedcore.clients.peer_client import Door, read_state, step_of, write_state
 from fedcore.config import load_experiment
+from fedcore.deploy_commands import ClientSettings
 from fedcore.errors import AllNodesFailed, BadInput, InvalidSetting, MalformedReply, MalformedRequest
 from fedcore.payload import VectorRecord
 from fedcore.peers.counters import Counters
@@ -185,3 +186,22 @@ def test_what_a_node_keeps_is_its_own_and_of_one_run():
     found["params"] += 1
     assert torch.equal(read_state(context, "night")["params"], torch.arange(3.0))
     assert read_state(context, "another") is None and (step_of(context, "night"), step_of(context, "x")) == (4, -1)
+
+
+# ---- what a client is started with -----------------------------------------------------------------------------------
+
+
+def client_options(**changes):
+    fields = {"server": "127.0.0.1:1", "tls": None, "insecure": True, "name": "a", "node_config": ("partition-id=0",),
+              "state": None, "allow": None, "max_local_steps": None, "max_seconds": None, "max_megabytes": None}
+    return ClientSettings(**{**fields, **changes})
+
+
+def test_a_client_says_at_once_whether_others_can_reach_it():
+    options = client_options(peer_listen="127.0.0.1:9444")
+    assert options.as_peer(experiment()) == {"peer-listen": "127.0.0.1:9444"}
+    assert client_options().as_peer(experiment(strategy="fedavg")) == {}
+    with pytest.raises(BadInput, match="gives no address"):
+        client_options().as_peer(experiment())
+    with pytest.raises(BadInput, match="with fedavg clients talk to the server alone"):
+        options.as_peer(experiment(strategy="fedavg"))
