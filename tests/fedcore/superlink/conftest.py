@@ -7,15 +7,53 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[3]
-FlwrRun = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Federation:
+    """A SuperLink, its SuperNodes, and what runs an app there.
+
+    Args:
+        port: where the SuperLink is controlled and where nodes come to.
+        folder: of logs, and of the processes.
+    """
+
+    def __init__(self, port: int, environment: dict[str, str], folder: Path, stack: ExitStack):
+        self.port, self.environment, self.folder, self._stack = port, environment, folder, stack
+        self._nodes: dict[int, subprocess.Popen] = {}
+
+    def start_node(self, partition: int) -> None:
+        """Start a SuperNode that remembers nothing, in place of an earlier one that holds the same data."""
+        earlier = self._nodes.get(partition)
+        if earlier is not None:
+            earlier.terminate()
+            earlier.wait(timeout=30)
+        log = self.folder / f"supernode-{partition}{'' if earlier is None else '-again'}.log"
+        self._nodes[partition] = self._stack.enter_context(running(
+            [BIN / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}", "--port", free_port(),
+             "--node-config", f"partition-id={partition} peer-listen='127.0.0.1:{free_port()}'"],
+            self.environment, log, self.folder,
+        ))
+
+    def said(self, partition: int) -> str:
+        """Return what the first SuperNode with these data has logged."""
+        return (self.folder / f"supernode-{partition}.log").read_text()
+
+    def start(self, app: Path, *words: str) -> subprocess.Popen:
+        """Start an app; `communicate` waits for its end."""
+        return subprocess.Popen([BIN / "flwr", "run", str(app), "test", "--stream", *words], env=self.environment,
+                                cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, app: Path, *words: str) -> str:
+        """Run an app to its end; returns what it said."""
+        return self.start(app, *words).communicate(timeout=500)[0]
 
 
 def free_port() -> int:
@@ -34,7 +72,8 @@ def running(command: list[object], environment: dict[str, str], log: Path, cwd: 
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):    # it may have ended, with all that it started
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -52,8 +91,8 @@ def is_up(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def flwr_run(tmp_path_factory) -> Iterator[FlwrRun]:
-    """Start the SuperLink and the SuperNodes; yields what runs an app there and waits for its end."""
+def federation(tmp_path_factory) -> Iterator[Federation]:
+    """Start a SuperLink and two SuperNodes."""
     folder = tmp_path_factory.mktemp("superlink")
     port, home = free_port(), folder / "flwr"
     home.mkdir()
@@ -75,15 +114,7 @@ def flwr_run(tmp_path_factory) -> Iterator[FlwrRun]:
         while not is_up(port):
             assert link.poll() is None and time.monotonic() < deadline, (folder / "superlink.log").read_text()
             time.sleep(0.2)
+        found = Federation(port, environment, folder, stack)
         for partition in range(2):
-            stack.enter_context(running(
-                [BIN / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", free_port(),
-                 "--node-config", f"partition-id={partition} peer-listen='127.0.0.1:{free_port()}'"],
-                environment, folder / f"supernode-{partition}.log", folder,
-            ))
-
-        def run(app: Path, *words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run([BIN / "flwr", "run", str(app), "test", "--stream", *words], env=environment,
-                                  cwd=folder, capture_output=True, text=True, timeout=500, check=False)
-
-        yield run
+            found.start_node(partition)
+        yield found
