@@ -20,6 +20,8 @@ from fedcore.transport.wire import INLINE_BYTES, PROTOCOL, pack, unpack
 
 logger = logging.getLogger("fedcore")
 
+# Fewer, larger chunks than on the link to a server, where many clients share the server's memory.
+PEER_CHUNK_BYTES = 2 << 20
 SERVICE, TALK = "fedcore.Peers", "Talk"
 WELCOME_S = 10.0
 FIRST_WAIT_S, MOST_WAIT_S = 0.05, 5.0
@@ -156,7 +158,8 @@ class PeerLink:
                 first = framed if inline else Framed(framed.head, (), 0)
                 await call.write(pack({"n": number, "inline": inline}, first))
                 if not inline:
-                    await write_body(call.write, framed, self._pace, 0, self._credentials is None)
+                    await write_body(call.write, framed, self._pace, 0, self._credentials is None,
+                                     chunk_bytes=PEER_CHUNK_BYTES)
             self._wake.clear()
             waking = asyncio.get_running_loop().create_task(self._wake.wait())
             try:
