@@ -115,10 +115,6 @@ class Attendance:
     def _comes(self, rank: int) -> None:
         board = self._board
         first, members = board.begun + 1, board.changes[-1][1].members
-        if board.num_steps is not None and first >= board.num_steps:
-            events = {other: planned for other, planned in self.roll.events.items() if other != rank}
-            self.roll = replace(self.roll, events=events)
-            return    # the run is over by then
         board.change_members(tuple(sorted({*members, rank})))
         self._wire.lost_until[rank] = board.changes[-1][1].epoch - 1
         self._prepare(rank, self.roll.remnants.get(rank, {}))
@@ -186,7 +182,7 @@ class Attendance:
     def can_save(self, step: int, states: Mapping[int, State]) -> bool:
         """Say whether a run can go on from the states at the end of a step alone."""
         roll, now = self._before.get(step + 1, self.roll), self._board.membership(step)
-        following = self._board.membership(step + 1).members
+        following = self._board.known(step + 1)[-1][1].members
         if not all(rank in states or rank in roll.given for rank in following):
             return False    # somebody had begun the next step when another was lost in this one
         pending = any(one["vector"] is not None for state in states.values() for one in state["pending"])

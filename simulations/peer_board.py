@@ -85,6 +85,7 @@ class VirtualBoard:
         self._began: dict[int, float] = {}
         self._gathered: dict[int, asyncio.Future[None]] = {}       # who waits for the others at the end of a step
         self.attendance: Attendance | None = None
+        self._known: dict[int, list[tuple[int, Membership]]] = {}    # by step: changes before anybody had begun it
         self.ends_at = math.inf
         self._ending: asyncio.Task[None] | None = None
         if step_s is not None:
@@ -145,10 +146,13 @@ class VirtualBoard:
 
     async def begin(self, peer: Peer, step: int) -> Membership | None:
         """Return who takes part in a step; None when the run ends before it."""
+        if self.attendance is not None and step > self.begun and step not in self._known:
+            # Also at the end of a run that was stopped: it is to go on as if it had not been.
+            self._known = {step: list(self.changes)} | {
+                later: known for later, known in self._known.items() if later > self.closed}
+            self.attendance.before(step)
         if self.num_steps is not None and step >= self.num_steps:
             return None
-        if self.attendance is not None and step > self.begun:
-            self.attendance.before(step)
         self.begun = max(self.begun, step)
         self._began[peer.rank] = self.now
         found = self.membership(step)
@@ -205,8 +209,11 @@ class VirtualBoard:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return who takes part after a step, as far as that was known when nobody had gone beyond it."""
-        return {"changes": [[first, found.epoch, list(found.members)] for first, found in self.changes
-                            if first <= step + 1]}
+        return {"changes": [[first, found.epoch, list(found.members)] for first, found in self.known(step + 1)]}
+
+    def known(self, step: int) -> list[tuple[int, Membership]]:
+        """Return the changes of members up to a step, as far as they were known before anybody had begun it."""
+        return [change for change in self._known.get(step, self.changes) if change[0] <= step]
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Continue after a step."""

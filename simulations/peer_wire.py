@@ -62,7 +62,7 @@ class VirtualWire:
         self.lost_until: dict[int, float] = {}      # by rank: the last epoch in which it is lost; infinity: it is away
         self._sent: dict[int, int] = {}             # messages by sender
         self._uplink_free: dict[int, float] = {}
-        self._held_up: dict[int, list[asyncio.Future[bool]]] = {}    # by receiver that was offline when they came
+        self._held_up: dict[int, list[tuple[asyncio.Future[bool], Any]]] = {}    # by receiver that is offline
         self._reductions: dict[tuple[str, int], Reduction] = {}
         self._finished: dict[str, tuple[int, Reduced]] = {}         # by tag: the latest
         self._observers: dict[tuple[str, int], list[asyncio.Future[Reduced]]] = {}
@@ -83,16 +83,16 @@ class VirtualWire:
         if at == math.inf:
             acknowledged.set_result(False)
         else:
+            handle = self._loop.deliver_at(at, tie, self._deliver, to, envelope, acknowledged, latency, index)
             if at > now + latency:
-                self._held_up.setdefault(to, []).append(acknowledged)
-            self._loop.deliver_at(at, tie, self._deliver, to, envelope, acknowledged, latency, index)
+                self._held_up.setdefault(to, []).append((acknowledged, handle))
         return acknowledged
 
     def _deliver(
         self, to: int, envelope: Envelope, acknowledged: "asyncio.Future[bool]", latency: float, index: int
     ) -> None:
         peer = self.peers.get(to)
-        if peer is None or self.lost_until.get(to) == math.inf:
+        if peer is None or math.inf in (self.lost_until.get(to), self.lost_until.get(envelope.source)):
             self._acknowledge(acknowledged, False)
             return
         peer.take(envelope)
@@ -217,7 +217,8 @@ class VirtualWire:
         """Take note that a peer is gone; those who live go on without it."""
         self.lost_until[rank] = math.inf
         away = self.gone
-        for acknowledged in self._held_up.pop(rank, []):
+        for acknowledged, handle in self._held_up.pop(rank, []):
+            self._loop.heap.cancel(handle)
             self._acknowledge(acknowledged, False)
         for other in sorted(self.peers):
             if other not in away:

@@ -91,6 +91,7 @@ class PeerSimulation:
         self.attendance: Attendance | None = None
         self._running: dict[int, asyncio.Task[None]] = {}
         self._ended: set[int] = set()        # who has come to the end of the run
+        self._joined_after: dict[int, int] = {}    # by rank of those that came later: the last step without them
         self._over: asyncio.Future[None]
         self.finished = False
 
@@ -221,15 +222,17 @@ class PeerSimulation:
                 if not self._over.done():
                     self._over.set_exception(error)
                 return
-            self._ended.add(rank)
+            if self.peers[rank].step > self._joined_after.get(rank, -1):
+                self._ended.add(rank)    # else it came when the run was over
         self._look_whether_it_is_over()
 
     def _look_whether_it_is_over(self) -> None:
         """End the run once nobody is left who does anything, or will."""
         if self._running or self._over.done():
             return
-        arrival = math.inf if self.attendance is None else self.attendance.next_arrival
-        if self._ended or arrival >= (self.board.stop_s or math.inf):
+        board, arrival = self.board, math.inf if self.attendance is None else self.attendance.next_arrival
+        no_more = board.num_steps is not None and board.begun + 1 >= board.num_steps
+        if self._ended or no_more or arrival >= (board.stop_s or math.inf):
             self.board.stop_reason = self.board.stop_reason if self._ended else NOBODY_LEFT
             self._over.set_result(None)
 
@@ -282,6 +285,7 @@ class PeerSimulation:
                            "began": self.board.now, "charged": True} for one in given["pending"]])
         else:
             peer.step = given["step"]    # nobody has come to the end of a step yet
+        self._joined_after[rank] = peer.step
         self._launch(rank, self.board.now)
 
     def _finish(self) -> None:

@@ -67,7 +67,7 @@ def final_rows(peers):
 def test_the_sums_are_kept_when_a_fifth_of_the_exchanges_fails_half_way(tmp_path):
     pki, events = Pki(tmp_path / "pki", nodes=4), 0.0
     for attempt in range(4):    # one is enough, unless the machine is busy
-        peers, rows = dadao_peers(tmp_path / str(attempt), 4, 5.0, pki)
+        peers, rows = dadao_peers(tmp_path / str(attempt), 4, 4.0, pki)
         for rank, peer in enumerate(peers):
             lose_messages(peer, 0.1, 10 * attempt + rank)
         submit(together(peers)).result(PATIENCE_S)
@@ -111,7 +111,7 @@ def test_a_unit_of_time_that_real_links_do_not_allow_is_refused_by_everybody(tmp
 
 
 def test_when_a_peer_dies_what_it_had_of_the_sums_goes_to_the_others_and_it_rejoins_with_nothing(tmp_path):
-    options = PeerOptions(30, stop_s=6.0, lost_after_s=0.8, farewell_s=20.0)
+    options = PeerOptions(30, stop_s=5.0, lost_after_s=0.8, farewell_s=20.0)
     roster = roster_of(4)
     peers, rows = real_peers(Dadao(), roster, None, tmp_path / "a", options=options, **SETTINGS)
     again, _ = real_peers(Dadao(), roster, None, tmp_path / "b", options=options, **SETTINGS)
