@@ -32,7 +32,8 @@ MANY = 8
 # (MB of the model, clients, repetitions)
 FULL = ((100, 1, 9), (100, MANY, 7), (400, 1, 7), (1000, 1, 7))
 QUICK = ((100, 1, 5), (100, MANY, 2), (400, 1, 3))
-STRATEGIES: tuple[Any, ...] = ("fedasync", {"name": "fedbuff", "buffer_size": 4}, "fedcompass")
+STRATEGIES: tuple[Any, ...] = ("fedasync", {"name": "fedbuff", "buffer_size": 4}, "fedcompass",
+                               {"name": "fedavg", "fraction_evaluate": 0.0})
 
 
 def say(text: str) -> None:

@@ -1,4 +1,5 @@
 """Synchronous strategies: our own, and the driver under which Flower's run."""
+import gc
 import logging
 import random
 from abc import abstractmethod
@@ -24,6 +25,9 @@ from fedcore.tasks import Answer, Failure, Node, Reply, Task
 from fedcore.vectors import Layout, Model
 
 logger = logging.getLogger("fedcore")
+
+# Looking for unused memory takes a tenth of a second: less than rounds of so many bytes do anyway.
+LITTER_BYTES = 256 << 20
 
 SAVEABLE = (type(None), bool, int, float, str, bytes, np.generic, np.ndarray, Tensor, ArrayRecord, ConfigRecord,
             MetricRecord)
@@ -108,9 +112,12 @@ class FlowerRounds(RoundStrategy):
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
+        self._litter_bytes = 0    # replies of the round before
 
     def round(self, hub: Hub, round_index: int) -> None:
         """Configure, send, wait, validate, aggregate, publish; then the strategy's federated evaluation."""
+        if self._litter_bytes >= LITTER_BYTES:
+            gc.collect()    # Flower's records refer to themselves: they would stay until Python happens to look
         server_round = round_index + 1    # Flower counts rounds from one
         seed_globals(hub.seed, "round", server_round)
         config = ConfigRecord({"seed": hub.seed, **hub.options.train_config})
@@ -119,6 +126,7 @@ class FlowerRounds(RoundStrategy):
         arrays = hub.model_record().copy()
         sent = _send(hub, self.strategy.configure_train(server_round, arrays, config, grid))
         answers = hub.collect(sent).arrived
+        self._litter_bytes = len(answers) * hub.model.layout.num_bytes
         usual = usual_shape(answers)
         pairs = [(self._read(hub, answer, usual), answer.message) for answer in answers]
         replies = [reply for reply, _ in pairs if isinstance(reply, Reply)]

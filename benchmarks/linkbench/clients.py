@@ -47,10 +47,11 @@ def make_app(credentials: Credentials | None) -> ClientApp:
         arrays, config = message.content["arrays"], message.content["config"]
         size = sum(int(np.prod(array.shape)) for array in arrays.values())
         metrics = MetricRecord({"num-examples": 10, "work-steps": int(config.get("local-steps", 1)), "loss": 1.0})
-        kind = config.get("reply", "model")
-        echo = ConfigRecord({"kind": kind, "task-id": config["task-id"], "version": config["version"]})
-        record = reply_of(size)
-        return Message(RecordDict({"arrays": record, "metrics": metrics, "reply": echo}), reply_to=message)
+        content = RecordDict({"arrays": reply_of(size), "metrics": metrics})
+        if "task-id" in config:    # Flower's own strategies have none
+            content["reply"] = ConfigRecord({"kind": config.get("reply", "model"), "task-id": config["task-id"],
+                                             "version": config["version"]})
+        return Message(content, reply_to=message)
 
     @app.train("noop")
     def noop(message: Message, context: Context) -> Message:

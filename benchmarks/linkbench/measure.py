@@ -18,8 +18,10 @@ from fedcore.events import EventStrategy
 from fedcore.hub import Hub
 from fedcore.options import RunOptions, StopRule
 from fedcore.registry import build
+from fedcore.rounds import FlowerRounds
 from fedcore.session import Session
 from fedcore.strategies.fedcompass import FedCompass
+from fedcore.strategy import HubStrategy
 from fedcore.tasks import Reply
 from fedcore.tls import Credentials
 from fedcore.transport.frames import CHUNK_BYTES
@@ -137,10 +139,14 @@ def watch_buffered(strategy: EventStrategy) -> list[int]:
 
 
 def memory(strategy: str, num_clients: int, num_bytes: int, updates: int, max_uploads: int) -> Figures:
-    """Return the server's peak memory beyond what it holds without a model, in models."""
+    """Return the server's peak memory beyond what it holds without a model, in models.
+
+    Flower's own strategies hold every reply, admitted or not: their allowance is one model for each client, and four.
+    """
     grid = GrpcGrid(settings=LinkSettings(max_uploads=max_uploads))
-    chosen = build("strategies", strategy, "strategy")    # what it imports is no model
-    buffered = watch_buffered(chosen)
+    built = build("strategies", strategy, "strategy")    # what it imports is no model
+    chosen = built if isinstance(built, HubStrategy) else FlowerRounds(built)
+    buffered = watch_buffered(chosen) if isinstance(chosen, EventStrategy) else [num_clients - max_uploads]
     with clients(grid, num_clients, None):
         before = psutil.Process().memory_info().rss
         watch = PeakRss()
@@ -148,7 +154,7 @@ def memory(strategy: str, num_clients: int, num_bytes: int, updates: int, max_up
         run = Session(Hub(grid, Model(vector(num_bytes // 4, 0.0).model.params, {}, layout_of(num_bytes // 4)),
                           RunOptions(expected=num_clients, stop=StopRule(client_updates=updates))),
                       chosen)
-        run.strategy.drive(run)
+        chosen.drive(run)
         seen = {"strategy": name_of(strategy), "clients": num_clients, "models": (watch.stop() - before) / num_bytes,
                 "max_uploads": max_uploads, "buffered": buffered[0], "allowed": 4 + max_uploads + buffered[0],
                 "versions": run.hub.version}
