@@ -1,6 +1,6 @@
 """How fast the gRPC link is, beside a bare grpc.aio stream of the same chunks and the same TLS, and what it costs.
 
-    python benchmarks/bench_link.py [--quick] [--only latency,throughput,memory,idle] [--json FILE]
+    python benchmarks/bench_link.py [--quick] [--only latency,throughput,stock,memory,idle] [--json FILE]
 
 Server and clients are two processes on loopback; what each figure means is in docs/benchmarks.md.
 """
@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
 
+from linkbench import stock  # noqa: E402
 from linkbench.measure import MEGABYTE, Figures, clients, idle, memory, round_trips, throughput  # noqa: E402
 
 from fedcore.authority import Authority, init_ca  # noqa: E402
@@ -27,7 +28,7 @@ from fedcore.certs import host_names  # noqa: E402
 from fedcore.tls import Credentials, load_credentials  # noqa: E402
 from fedcore.transport.grid import GrpcGrid  # noqa: E402
 
-PARTS = ("latency", "throughput", "memory", "idle")
+PARTS = ("latency", "throughput", "stock", "memory", "idle")
 MANY = 8
 # (MB of the model, clients, repetitions)
 FULL = ((100, 1, 9), (100, MANY, 7), (400, 1, 7), (1000, 1, 7))
@@ -86,6 +87,9 @@ def report(found: Figures) -> None:
         for row in figures["throughput"]:
             print(f"{row['MB']:5} MB, {row['clients']} clients, {row['direction']:4}, {kind}: {row['ours']:6.0f} MB/s, "
                   f"bare grpc.aio {row['raw']:6.0f} MB/s, share {row['share']:.2f}")
+    for row in found["stock"]:
+        print(f"Flower's own SuperLink and SuperNode, clear: round trip p50 {row['p50_ms']:.0f} ms, p99 {row['p99_ms']:.0f} "
+              f"ms; {row['MB']} MB down {row['down']:.0f} MB/s, up {row['up']:.0f} MB/s")
     for row in found["memory"]:
         print(f"server's peak memory, {row['strategy']}, {row['clients']} clients: {row['models']:.1f} models, "
               f"allowed {row['allowed']} ({row['max_uploads']} uploads admitted, {row['buffered']} updates held back)")
@@ -106,12 +110,15 @@ def main() -> None:
         print(json.dumps({"memory": memory, "idle": idle}[arguments.pop("function")](**arguments)))
         return
     parts = set(options.only.split(","))
-    found: Figures = {"link": {}, "memory": [], "idle": []}
+    found: Figures = {"link": {}, "stock": [], "memory": [], "idle": []}
     plan, trips = (QUICK, 500) if options.quick else (FULL, 3000)
     if parts & {"latency", "throughput"}:
         with certificates() as folder:
             for kind, secure in (("clear", None), ("mutual TLS", folder)):
                 found["link"][kind] = link(secure, plan, trips, parts)
+    if "stock" in parts:
+        say("Flower's own SuperLink and SuperNode")
+        found["stock"].append(stock.measure(5, 100, 1) if options.quick else stock.measure(21, 100, 3))
     if "memory" in parts:
         for strategy, count in product(STRATEGIES, (4,) if options.quick else (4, 16)):
             say(f"memory of the server with {strategy} and {count} clients")

@@ -21,9 +21,14 @@ from fedcore.vectors import Layout, TensorSpec
 from linkbench import raw
 
 
+TENSORS = 8
+
+
 def layout_of(num_params: int) -> Layout:
-    """Return the layout of a model that is one tensor."""
-    return Layout((TensorSpec("weight", (num_params,), "float32"),), (), ("weight",))
+    """Return the layout of a model of eight tensors of equal size."""
+    shares = [num_params * (index + 1) // TENSORS - num_params * index // TENSORS for index in range(TENSORS)]
+    params = tuple(TensorSpec(f"layer-{index}", (share,), "float32") for index, share in enumerate(shares))
+    return Layout(params, (), tuple(spec.name for spec in params))
 
 
 @cache

@@ -15,7 +15,7 @@ from fedcore.tls import Credentials, expired
 from fedcore.tls import server_options as tls_server_options
 from fedcore.transport.board import Board, Incident
 from fedcore.transport.history import History
-from fedcore.transport.loop import link_loop, submit
+from fedcore.transport.loop import link_loop, return_large_arrays, submit
 from fedcore.transport.members import Member
 from fedcore.transport.pool import ALIGNMENT, BufferPool
 from fedcore.transport.service import LinkService, Refuse
@@ -58,6 +58,7 @@ class Server:
                                    self.snapshot)
         self.started = self.closed = False
         self._loop = link_loop()
+        return_large_arrays()
         self._grpc, port = submit(self._bind(listen, credentials)).result()
         self.address = f"{host}:{port}"
         self._checking: asyncio.Task[None] | None = None
