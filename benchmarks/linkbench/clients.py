@@ -20,7 +20,6 @@ from fedcore.transport.loop import submit
 from fedcore.vectors import Layout, TensorSpec
 from linkbench import raw
 
-
 TENSORS = 8
 
 
