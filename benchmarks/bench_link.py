@@ -88,8 +88,8 @@ def report(found: Figures) -> None:
             print(f"{row['MB']:5} MB, {row['clients']} clients, {row['direction']:4}, {kind}: {row['ours']:6.0f} MB/s, "
                   f"bare grpc.aio {row['raw']:6.0f} MB/s, share {row['share']:.2f}")
     for row in found["stock"]:
-        print(f"Flower's own SuperLink and SuperNode, clear: round trip p50 {row['p50_ms']:.0f} ms, p99 {row['p99_ms']:.0f} "
-              f"ms; {row['MB']} MB down {row['down']:.0f} MB/s, up {row['up']:.0f} MB/s")
+        print(f"Flower's own SuperLink and SuperNode, clear: round trip p50 {row['p50_ms']:.0f} ms, p99 "
+              f"{row['p99_ms']:.0f} ms; {row['MB']} MB down {row['down']:.0f} MB/s, up {row['up']:.0f} MB/s")
     for row in found["memory"]:
         print(f"server's peak memory, {row['strategy']}, {row['clients']} clients: {row['models']:.1f} models, "
               f"allowed {row['allowed']} ({row['max_uploads']} uploads admitted, {row['buffered']} updates held back)")
