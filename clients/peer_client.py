@@ -23,7 +23,18 @@ from fedcore.clients.task import Site
 from fedcore.errors import BadInput, MalformedReply, MalformedRequest, StrategyMismatch
 from fedcore.flower import reply_to
 from fedcore.payload import ARRAYS, CONFIG, read_arrays, single_record
-from fedcore.peers.segments import EVENTS, MOST_ROWS, NO_STEP, RUN, Introduction, Segment, SegmentReport, describe
+from fedcore.peers.segments import (
+    EVENTS,
+    MOST_ROWS,
+    NO_STEP,
+    RELAY,
+    RELAYED,
+    RUN,
+    Introduction,
+    Segment,
+    SegmentReport,
+    describe,
+)
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.tls import Credentials, identity_of, load_credentials
 from fedcore.vectors import Model
@@ -34,7 +45,9 @@ STATE, STATE_TEXT = "fedcore.peer", "fedcore.peer-text"
 LISTEN, ADVERTISE, TLS = "peer-listen", "peer-advertise", "peer-tls"
 EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
 HOW = ("Start it with --peer-listen HOST:PORT (of a SuperNode: peer-listen=\"HOST:PORT\" in --node-config), where the "
-       "other peers can dial it.")
+       "other peers can dial it; or let the server relay to it, with peers.relay: true in its experiment file.")
+# Where a node listens that is reached through the server.
+INSIDE = "127.0.0.1:0"
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Door:
 
     Attributes:
         listen: HOST:PORT on this machine.
-        address: HOST:PORT that others dial.
+        address: HOST:PORT that others dial; "relayed": the server relays to it.
         credentials: None: in clear.
     """
 
@@ -52,8 +65,11 @@ class Door:
     credentials: Credentials | None
 
     @classmethod
-    def of(cls, node_config: Mapping[str, Any]) -> "Door":
+    def of(cls, node_config: Mapping[str, Any], relay: bool = False) -> "Door":
         """Read a node's configuration.
+
+        Args:
+            relay: whether the server relays to nodes that give no address.
 
         Raises:
             BadInput: other peers could not reach the node, or anybody could.
@@ -62,6 +78,8 @@ class Door:
 
         listen, tls = str(node_config.get(LISTEN, "")), node_config.get(TLS)
         address = str(node_config.get(ADVERTISE, "")) or listen
+        if not listen and not address and relay:
+            return cls(INSIDE, RELAYED, load_credentials(Path(str(tls)), "node") if tls else None)
         if not listen:
             raise BadInput(f"This node gives no address at which other peers can reach it. {HOW}")
         for name, text in ((LISTEN, listen), (ADVERTISE, address)):
@@ -106,10 +124,15 @@ class PeerClient:
 
     def query(self, message: Message, context: Context) -> Message:
         """Say where this node is reached, by which certificate, and after which step of the run it knows its state."""
+        from fedcore.transport.relay_ends import LINK
+
         config = message.content.get(CONFIG)
-        run = str(config.get(RUN, "")) if isinstance(config, ConfigRecord) else ""
+        asked = config if isinstance(config, ConfigRecord) else ConfigRecord()
+        run, relay = str(asked.get(RUN, "")), asked.get(RELAY) is True and LINK.get() is not None
         try:
-            door, rank = Door.of(context.node_config), context.node_config.get("partition-id")
+            door, rank = Door.of(context.node_config, relay), context.node_config.get("partition-id")
+            if rank is None and door.address == RELAYED:
+                rank = context.node_id    # no address tells it apart
             found = door.introduce(rank, step_of(context, run))
         except BadInput as error:
             found = Introduction(problem=str(error))
@@ -125,10 +148,12 @@ class PeerClient:
         """
         from fedcore.transport.loop import submit
         from fedcore.transport.peer_segment import SegmentPeer
+        from fedcore.transport.relay_ends import LINK, RelayEnds
 
         segment, rank = Segment.of(message.content)
         self._compare(segment)
-        door, site = Door.of(context.node_config), site_of(context)
+        relayed = segment.addresses[segment.members.index(rank)] == RELAYED
+        door, site = Door.of(context.node_config, relayed), site_of(context)
         rows: list[tuple[str, dict[str, Any]]] = []
 
         def on_row(event: str, figures: dict[str, Any]) -> None:
@@ -137,10 +162,15 @@ class PeerClient:
 
         model, given = self._model(message.content, segment.seed)
         work = self._work(segment.seed, rank, site)
-        peer = SegmentPeer(self.strategy, segment, rank, door.credentials, model, given, work,
-                           read_state(context, segment.run), on_row)
         # The peer lives on the link's loop, and trains in a thread of its own; this one only waits.
-        outcome = submit(peer.play(door.listen)).result()
+        ends, reachable = submit(RelayEnds.open(segment, rank, LINK.get())).result()
+        try:
+            peer = SegmentPeer(self.strategy, reachable, rank, door.credentials, model, given, work,
+                               read_state(context, segment.run), on_row)
+            playing = peer.play(door.listen, ends.accept) if relayed else peer.play(door.listen)
+            outcome = submit(playing).result()
+        finally:
+            submit(ends.close()).result()
         if outcome.state is not None:
             write_state(context, segment.run, outcome.state)
         found, beside = outcome.consensus, outcome.beside

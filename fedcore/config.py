@@ -123,10 +123,12 @@ class Peers(Section):
             others join: steps; seconds for strategies that stop by time.
         lost_after_s: a peer that the others could not reach for so long takes no further part in a segment; without a
             server, and in simulations, until it joins anew.
+        relay: the server passes on, unread, what peers say to those who give no address; only `fedcore server` does.
     """
 
     segment: Positive = 10
     lost_after_s: Positive = 30.0
+    relay: bool = False
 
 
 class Checkpoint(Section):

@@ -170,7 +170,7 @@ class ClientSettings:
         from fedcore.clients.peer_client import Door
 
         found = {key: value for key, value in given.items() if value is not None}
-        Door.of({**read_node_config(self.node_config), **found})
+        Door.of({**read_node_config(self.node_config), **found}, experiment.peers.relay)
         return found
 
 
@@ -281,6 +281,8 @@ def show_status(server: str, tls: Path | None, insecure: bool, as_json: bool) ->
     console.print(status_table(snapshot))
     _say(console, f"up for {seconds(snapshot['uptime_s'])}, fedcore {snapshot['version']}, {snapshot['tasks']} tasks, "
                   f"{snapshot['uploads_admitted']} uploads under way, {snapshot['uploads_waiting']} waiting")
+    if snapshot.get("relayed_bytes"):
+        _say(console, f"{snapshot['relayed_bytes']} bytes relayed between peers, {snapshot['tunnels']} tunnels")
 
 
 def _say(console: Console, text: str) -> None:

@@ -21,7 +21,8 @@ from fedcore.config import Experiment
 from fedcore.errors import BadInput, InvalidSetting
 from fedcore.hub import Hub
 from fedcore.options import Evaluation, RunOptions, StopRule
-from fedcore.peers.hosting import HostedPeers, HostRules
+from fedcore.peers.host_rules import HostRules
+from fedcore.peers.hosting import HostedPeers
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.recorder import (
     CHECKPOINTS_FOLDER,
@@ -273,7 +274,8 @@ def driver(settings: Experiment) -> HubStrategy:
         if settings.compression is not None:
             raise InvalidSetting("compression", settings.compression, "left out where a server hosts peers",
                                  "`fedcore simulate` and `fedcore peer` compress what peers send.")
-        return HostedPeers(strategy, HostRules(settings.peers.segment, settings.peers.lost_after_s))
+        peers = settings.peers
+        return HostedPeers(strategy, HostRules(peers.segment, peers.lost_after_s, peers.relay))
     given = settings.strategy if isinstance(settings.strategy, dict) else {}
     inner: Strategy | None = strategy
     while inner is not None:

@@ -1,22 +1,36 @@
 """A server as the meeting point of peers: introduces them to each other, and learns how they get on.
 
-It never averages, and carries no tensors between peers: it sends all of them the model to start from, and gets one mean
-model back after each segment, which the peers compute among themselves.
+It never averages, and no tensors go between peers through its hands: it sends all of them the model to start from, and
+gets one mean model back after each segment, which the peers compute among themselves. What it relays, it does not read.
 """
 import json
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fedcore.errors import AllNodesFailed, BadInput, InvalidSetting, MalformedReply, NothingCanHappen
+from fedcore.errors import AllNodesFailed, BadInput, MalformedReply, NothingCanHappen
 from fedcore.hub import Hub
 from fedcore.payload import CONFIG, REPLY
-from fedcore.peers.segments import ABOUT, COUNTERS, NO_STEP, QUERY, RUN, TRAIN, Introduction, Segment, SegmentReport
+from fedcore.peers.host_rules import HostRules
+from fedcore.peers.relaying import Relaying
+from fedcore.peers.segments import (
+    ABOUT,
+    COUNTERS,
+    NO_STEP,
+    QUERY,
+    RELAY,
+    RELAYED,
+    RUN,
+    TRAIN,
+    Introduction,
+    Segment,
+    SegmentReport,
+)
 from fedcore.peers.segments import describe as describe_strategy
 from fedcore.rounds import RoundStrategy
 from fedcore.session import Session
@@ -37,29 +51,6 @@ RETURN_S, LOOK_EVERY_S = 60.0, 0.2
 TROUBLES = ("silent", "asymmetric_exchanges", "failed_meetings")
 SAVED = ("run", "number", "epoch", "members", "places", "steps", "counters", "clock", "trained_s", "done", "finished",
          "distance", "peer_bytes", "waiting_s", "stalled")
-
-
-@dataclass(frozen=True)
-class HostRules:
-    """How a run of peers is divided.
-
-    Attributes:
-        segment: how long peers are by themselves: steps, or seconds for strategies that stop by time; above 0.
-        lost_after_s: a peer that the others could not reach for so long takes no further part in a segment; above 0.
-    """
-
-    segment: float = 10
-    lost_after_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("segment", "lost_after_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidSetting(name, getattr(self, name), "a number above 0")
-
-    def check(self, strategy: "PeerStrategy") -> None:
-        """Raise `InvalidSetting` where the steps of a segment are no whole number."""
-        if not strategy.by_time and self.segment != int(self.segment):
-            raise InvalidSetting("segment", self.segment, f"a whole number of steps with {type(strategy).__name__}")
 
 
 class HostedPeers(RoundStrategy):
@@ -84,6 +75,7 @@ class HostedPeers(RoundStrategy):
         self.finished = False
         self.distance: float | None = None
         self.peer_bytes, self.waiting_s, self.stalled = 0, 0.0, 0
+        self.relaying = Relaying(self.rules.relay)
         self._stop_s: float | None = None
         self._returning = False                                  # the server was away, and so were the nodes
 
@@ -100,6 +92,7 @@ class HostedPeers(RoundStrategy):
         if getattr(hub.grid, "simulated", False) or not getattr(hub.grid, "nodes_meet", True):
             raise BadInput(f"{type(self.strategy).__name__} runs on peers that talk to each other, which simulated "
                            "clients cannot. Simulate it from an experiment file: fedcore simulate FILE.")
+        self.relaying.check(hub.grid)
         self.run, self._returning = self.run or secrets.token_hex(8), session.resumed
         # The run's time is looked at between segments: peers all stop together, and not in the middle.
         self._stop_s = hub.options.stop.seconds
@@ -172,7 +165,7 @@ class HostedPeers(RoundStrategy):
         """
         if not nodes:
             return
-        replies = hub.ask(nodes, QUERY, RecordDict({CONFIG: ConfigRecord({RUN: self.run})}))
+        replies = hub.ask(nodes, QUERY, RecordDict({CONFIG: ConfigRecord({RUN: self.run, RELAY: self.rules.relay})}))
         for answer in replies.arrived:
             try:
                 found = Introduction.of(answer.content)
@@ -196,7 +189,7 @@ class HostedPeers(RoundStrategy):
         """Return why a node does not go together with those that are known; empty: it does."""
         others = [place for other, place in self.places.items() if other != partition and place["address"]]
         for name in ("name", "address"):
-            if any(place[name] == getattr(found, name) for place in others):
+            if getattr(found, name) in {place[name] for place in others} - {RELAYED}:
                 return f"Another peer has the same {name}, {getattr(found, name)}. Give each its own."
         if any(bool(place["fingerprint"]) != bool(found.fingerprint) for place in others):
             return "Some peers have certificates and some have none. Give certificates to all of them."
@@ -248,8 +241,10 @@ class HostedPeers(RoundStrategy):
     def _host(self, hub: Hub, nodes: Sequence[Node], segment: Segment) -> None:
         """Send a segment to all members, and take note of what came of it."""
         model = None if segment.donors else hub.model
+        self.relaying.begin(hub.grid, nodes)
         sent = [hub.send_to(node, TRAIN, segment.content(node.partition, model)) for node in nodes]
         reports = self._read(hub, segment, hub.collect(sent, enough=_rest_is_lost))
+        self.relaying.count(hub.grid)
         went_on = self._count(hub, segment, reports)
         whole = [rank for rank in sorted(reports) if not reports[rank].problem]
         if whole and reports[whole[0]].mean is not None:    # it is for the lowest rank of those who live to say
@@ -358,12 +353,13 @@ class HostedPeers(RoundStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that must survive a restart."""
-        return {name: getattr(self, name) for name in SAVED}
+        return {**{name: getattr(self, name) for name in SAVED}, "relayed_bytes": self.relaying.bytes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         for name in SAVED:
             setattr(self, name, state[name])
+        self.relaying.bytes = state["relayed_bytes"]
 
     def summary(self) -> None:
         """Log the strategy's name."""
@@ -377,6 +373,7 @@ class HostedPeers(RoundStrategy):
             "gradients": int(sums["gradients"]), "exchanges": int(sums["exchanges"]),
             "consensus_distance": self.distance, "peer_bytes": self.peer_bytes,
             "waiting_share": sums["waiting_s"] / spent if spent else None, "segments": self.number,
+            "relayed_bytes": self.relaying.bytes or None,
             **{name: int(sums[name]) or None for name in TROUBLES}, **self.strategy.summary_figures(),
         }
 

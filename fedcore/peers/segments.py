@@ -18,7 +18,9 @@ from fedcore.peers.counters import Counters
 from fedcore.vectors import Layout, Model
 
 QUERY, TRAIN = "query.peer", "train.peer"
-SEGMENT, ABOUT, RUN = "segment", "about", "run"
+SEGMENT, ABOUT, RUN, RELAY = "segment", "about", "run", "relay"
+# Instead of the address of a peer that nobody can dial: it is reached through the server.
+RELAYED = "relayed"
 NO_STEP = -1
 # Rows of metrics that one peer may add in one segment; further ones are dropped.
 MOST_ROWS = 200
@@ -41,7 +43,7 @@ class Introduction:
 
     Attributes:
         name: of its certificate, or what it calls itself in clear.
-        address: HOST:PORT at which other peers reach it; empty: nowhere.
+        address: HOST:PORT at which other peers reach it; "relayed": through the server; empty: nowhere.
         fingerprint: SHA-256 of its certificate, lower-case hex; empty in clear.
         step: the latest step of this run after which it knows its state; -1: none.
         problem: why it cannot take part; empty: it can.

@@ -8,7 +8,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedcore.config import Experiment
-from fedcore.peers.hosting import HostedPeers, HostRules
+from fedcore.peers.host_rules import HostRules
+from fedcore.peers.hosting import HostedPeers
 from fedcore.peers.peer import Peer
 from fedcore.strategy import OwnStrategy
 

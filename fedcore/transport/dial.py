@@ -3,6 +3,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import grpc
@@ -48,6 +49,7 @@ class Link:
 
     Attributes:
         welcome: what the server said first.
+        another: returns a further channel to the same server.
     """
 
     def __init__(self, channel: aio.Channel, call: Any, welcome: Mapping[str, Any], pace: Pace, checked: bool):
@@ -55,6 +57,7 @@ class Link:
         self.session = str(welcome["session"])
         self._writing = asyncio.Lock()
         self.bytes_up = self.bytes_down = 0
+        self.another: Callable[[], aio.Channel] = lambda: channel
 
     @classmethod
     async def open(
@@ -84,7 +87,9 @@ class Link:
                 raise (RunOver if answer.facts.get("final") else ConnectionError)(reason)
             if kind != "welcome":
                 raise MalformedFrame("the server does not speak this protocol")
-            return cls(channel, call, answer.facts, pace, credentials is None)
+            link = cls(channel, call, answer.facts, pace, credentials is None)
+            link.another = partial(open_channel, address, credentials, server_name)
+            return link
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
             own = None if credentials is None else expired(identity_of(credentials.cert))
             reason = own or about_server(await why_ended(call, error))

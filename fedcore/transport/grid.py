@@ -2,7 +2,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from queue import Empty
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from fedcore.transport.members import Job
 from fedcore.transport.records import encode
 from fedcore.transport.server import Server
 from fedcore.transport.settings import LinkSettings
+from fedcore.transport.wire import host_of, is_loopback
 
 logger = logging.getLogger("fedcore")
 
@@ -196,6 +197,20 @@ class GrpcGrid(OwnGrid):
     def snapshot(self) -> dict[str, Any]:
         """Return who is connected, what each does since when, and how much is moved; from any thread."""
         return self._server.snapshot()
+
+    @property
+    def private(self) -> bool:
+        """Whether nobody on the network can listen in: mutual TLS, or this machine alone."""
+        return self._server.service.secure or is_loopback(host_of(self.address))
+
+    @property
+    def relayed_bytes(self) -> int:
+        """How many bytes were passed on between peers that cannot reach each other."""
+        return self._server.service.relay.bytes
+
+    def relay_among(self, node_ids: Collection[int]) -> None:
+        """Pass on what these nodes say to each other, and nothing of others; from any thread."""
+        self._server.call(self._server.service.relay.set_members, tuple(node_ids))
 
     def disconnect(self, name: str, reason: str) -> None:
         """End a client's connection for good; from any thread."""

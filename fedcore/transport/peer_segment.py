@@ -204,8 +204,14 @@ class SegmentPeer(RealPeer):
 
     # ---- the segment ------------------------------------------------------------------------------------------------
 
-    async def play(self, listen: str | None = None) -> Outcome:
+    async def play(
+        self, listen: str | None = None, on_listening: Callable[[int], None] = lambda port: None
+    ) -> Outcome:
         """Take part in the segment; returns what came of it.
+
+        Args:
+            listen: HOST:PORT, where that is not the segment's address.
+            on_listening: told the port.
 
         Raises:
             CannotListen: the port is in use.
@@ -215,6 +221,7 @@ class SegmentPeer(RealPeer):
             saved = self._saved or {}
             self.board.latest = (saved["step"], saved["state"], saved["params"], saved["buffers"])
         await self.wire.start(listen)
+        on_listening(self.wire.port)
         watching = asyncio.get_running_loop().create_task(self._watch())
         consensus, beside, problem = None, Counters(), ""
         try:

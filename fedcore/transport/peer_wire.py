@@ -78,6 +78,7 @@ class PeerWire:
         self._links: dict[int, PeerLink] = {}
         self._forgotten: set[int] = set()
         self._server: aio.Server | None = None
+        self.port = 0    # where it listens
         self.donor: int | None = None    # from whom this peer has its state, where it came later
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -98,9 +99,9 @@ class PeerWire:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {TALK: handler}),))
         try:
             if self._credentials is None:
-                server.add_insecure_port(address)
+                self.port = server.add_insecure_port(address)
             else:
-                server.add_secure_port(address, tls_server_options(self._credentials))
+                self.port = server.add_secure_port(address, tls_server_options(self._credentials))
         except RuntimeError as error:
             raise CannotListen(f"Cannot listen on {address}: the port is in use, or the address is not this machine's. "
                                "Another peer may still be running.") from error

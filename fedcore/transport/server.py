@@ -158,6 +158,7 @@ class Server:
         if (member := self.board.members.get(node_id_of(name))) is not None:
             member.hang_up({"kind": "refused", "reason": reason, "retry": False})
             member.session = None
+            self.service.relay.cut(member.node_id)
             self.board.retire(member, reason)
 
     def taken(self, names: Iterable[str]) -> None:
@@ -202,6 +203,7 @@ class Server:
             "nodes": sorted(nodes, key=lambda node: node["partition"]), "uptime_s": now, "version": __version__,
             "uploads_admitted": self.board.credits.admitted, "uploads_waiting": self.board.credits.waiting,
             "tasks": len(self.board.jobs), "run": self.board.history.run, "address": self.address,
+            "relayed_bytes": self.service.relay.bytes, "tunnels": self.service.relay.count,
             **self.board.counts,
         }
 

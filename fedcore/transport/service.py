@@ -1,4 +1,4 @@
-"""The server's four calls: a client's control stream, requests down, replies up, and a look at the state."""
+"""The server's calls: a client's control stream, requests down, replies up, peers' words, a look at the state."""
 import asyncio
 import logging
 import time
@@ -19,6 +19,7 @@ from fedcore.transport.frames import CHUNK_BYTES, Framed
 from fedcore.transport.members import Job, Member, new_partial
 from fedcore.transport.pool import BufferPool
 from fedcore.transport.records import Content, Plan
+from fedcore.transport.relay import Relay
 from fedcore.transport.settings import LinkSettings
 from fedcore.transport.streams import read_body, write_body
 from fedcore.transport.wire import NAME, PROTOCOL, SERVICE, Envelope, is_loopback, pack, text_of, unpack
@@ -48,6 +49,7 @@ class LinkService:
                  run_config: dict[str, Any], status: Callable[[], dict[str, Any]]):
         self.board, self.settings, self.pool, self.secure = board, settings, pool, secure
         self.refuse, self.run_config, self.status = refuse, run_config, status
+        self.relay = Relay(self, settings.max_tunnels)
         self.ending: dict[str, Any] | None = None    # what whoever comes now is told
         self.dismissed: set[str] = set()             # who has come since, and was told
 
@@ -56,6 +58,7 @@ class LinkService:
         return grpc.method_handlers_generic_handler(SERVICE, {
             "Control": grpc.stream_stream_rpc_method_handler(self.control),
             "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch),
+            "Relay": grpc.stream_stream_rpc_method_handler(self.relay.call),
             "Send": grpc.stream_stream_rpc_method_handler(self.send),
             "Status": grpc.unary_unary_rpc_method_handler(self.show),
         })
@@ -81,7 +84,7 @@ class LinkService:
             raise Refusal(f"the server does not accept your certificate: {reason}", retry=False)
         return identity
 
-    async def _member(self, envelope: Envelope, context: Context) -> Member:
+    async def member_of(self, envelope: Envelope, context: Context) -> Member:
         """Return the client that a call belongs to."""
         caller = printable(context.peer())
         try:
@@ -256,7 +259,7 @@ class LinkService:
     async def fetch(self, request: bytes, context: Context) -> None:
         """Send a client one of its requests, from the byte on that it asks for."""
         envelope = await self._read(request, context)
-        member = await self._member(envelope, context)
+        member = await self.member_of(envelope, context)
         async with self._alone(member, "fetch", context):
             job = member.jobs.get(str(envelope.facts.get("id")))
             framed = None if job is None or not job.is_open else job.framed
@@ -296,7 +299,7 @@ class LinkService:
         except TimeoutError:
             self.board.incident(printable(context.peer()), f"it said nothing for {HELLO_S:g} s")
             return
-        member = await self._member(envelope, context)
+        member = await self.member_of(envelope, context)
         async with self._alone(member, "send", context):
             job = self._open_job(member, str(envelope.facts.get("id")))
             if job is None:

@@ -21,6 +21,7 @@ class LinkSettings:
         linger_s: how long, when the run is over, clients that are away are waited for, to be told.
         check_s: how often the identities of connected clients are checked again (revocation, expiry).
         observers: names of nodes that may see the state of all (`fedcore status`).
+        max_tunnels: connections between peers that the server relays at one time.
     """
 
     max_uploads: int = 4
@@ -34,9 +35,10 @@ class LinkSettings:
     linger_s: float = 10.0
     check_s: float = 2.0
     observers: tuple[str, ...] = ()
+    max_tunnels: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("max_uploads", "max_nodes"):
+        for name in ("max_uploads", "max_nodes", "max_tunnels"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(name, getattr(self, name), "at least 1")
         for name in ("max_upload_bytes", "max_reply_bytes"):

@@ -2,6 +2,7 @@
 
 One call, `Control`, lives as long as a client is connected; work is announced on it, and small messages travel on it
 whole. Large ones have a call of their own each: `Fetch` brings a request to the client, `Send` a reply to the server.
+Between peers that cannot dial each other, `Relay` passes on bytes as they come (`relay.py`).
 All messages are bytes: a JSON object, and behind it, where there is one, a small framed message.
 """
 import ipaddress

@@ -20,6 +20,7 @@ from fedcore.transport.history import TaskId
 from fedcore.transport.journal import Entry, Journal, position, reply_of, stored_tasks
 from fedcore.transport.pool import BufferPool
 from fedcore.transport.records import Plan, encode
+from fedcore.transport.relay_ends import LINK
 from fedcore.transport.settings import Limits
 from fedcore.transport.wire import INLINE_BYTES, Envelope, text_of
 from fedcore.transport.work import APP_RAISED, CRASHED, NOT_ALLOWED, Outcome, introduce, request_message, run_app
@@ -65,7 +66,7 @@ class Workbench:
         self.introduction: Framed | None = None
         self.journal: Journal | None = None
         self._pool = BufferPool(IDLE_BYTES)
-        self._app_thread = ThreadPoolExecutor(1, "fedcore-app")
+        self._app_thread = ThreadPoolExecutor(1, "fedcore-app", LINK.set, (lambda: self._link,))
         self._disk_thread = ThreadPoolExecutor(1, "fedcore-disk")
         self._queue: dict[str, Assignment] = {}      # announced and not begun, in order
         self._running: Assignment | None = None

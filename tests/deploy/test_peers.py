@@ -98,3 +98,22 @@ def test_a_peer_that_is_killed_is_left_out_and_comes_back_with_the_next_segment(
     assert [row for row in run.rows("rejoined") if row["node"] == 2]
     last = run.rows("evaluate")[-1]
     assert last["accuracy"] > 0.85 and last["peer_loss_max"] < 1.0
+
+
+@pytest.mark.slow
+def test_peers_that_nobody_can_dial_go_on_though_the_server_that_relays_was_killed(machines, tmp_path):
+    machines.write(experiment(stop={"rounds": 24}, checkpoint={"every_s": 0},
+                              peers={"segment": 4, "lost_after_s": 1.0, "relay": True}))
+    certify(tmp_path)
+    server = machines.server("--tls", "server")
+    clients = [machines.client(index, "--tls", f"site-{index}") for index in range(COUNT)]
+    wait_until(machines, server, lambda: len(versions(tmp_path)) >= 3)
+    machines.send(server, signal.SIGKILL)
+    machines.wait(server)
+    before = versions(tmp_path)[-1][0]
+    server = machines.server("--tls", "server", "--resume", "run")
+    assert machines.wait(server) == 0, machines.said(server)
+    assert machines.wait_all(clients) == [0] * COUNT
+    run = Run(tmp_path / "run")
+    assert before < 24 and versions(tmp_path)[-1] == (24, list(range(COUNT)))
+    assert run.summary["relayed_bytes"] > run.summary["peer_bytes"] > 0
