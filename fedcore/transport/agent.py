@@ -65,6 +65,7 @@ class ClientAgent:
         self.instance = secrets.token_hex(8)
         self.end_reason = "it was stopped"
         self._link: Link | None = None
+        self._opening = False    # a connection is being made, and the server may know of it first
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop_early = False
 
@@ -128,6 +129,9 @@ class ClientAgent:
                 await self._bench.drain()
         except TimeoutError:
             logger.warning("The task under way, or its reply, took longer than %g s; it is left.", self.drain_s)
+        until = time.monotonic() + GOODBYE_S
+        while self._opening and time.monotonic() < until:
+            await asyncio.sleep(0.01)    # the server may have let this client in, and would wait for it for long
         if self._link is not None:
             try:
                 self._over.set()
@@ -143,6 +147,7 @@ class ClientAgent:
     async def _stay_connected(self) -> None:
         pause, lost_at = SHORTEST_PAUSE_S, time.monotonic()
         while not self._over.is_set():
+            self._opening = True
             try:
                 link = await Link.open(self.server, self.credentials, self.server_name, self._hello(),
                                        self._bench.introduction, self.pace)
@@ -151,7 +156,7 @@ class ClientAgent:
                 self._over.set()
                 return
             except (ConnectionError, MalformedFrame, OSError) as error:
-                reason = str(error)
+                reason, self._opening = str(error), False
             else:
                 connected_at = time.monotonic()
                 reason = await self._talk(link)
@@ -178,9 +183,10 @@ class ClientAgent:
         try:
             await self._bench.settle(link.welcome)
         except MalformedFrame as error:
+            self._opening = False
             await link.close()
             return str(error)
-        self._link = link
+        self._link, self._opening = link, False
         self._bench.attach(link)
         logger.info("Connected to %s as %s, partition %s.", self.server, self.name, link.welcome.get("partition"))
         self.on_status("connected")

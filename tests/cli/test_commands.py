@@ -97,7 +97,7 @@ def test_a_defect_is_one_line_and_its_traceback_a_file_in_the_run_folder(fedcore
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(run_module, "simulate", broken)
+    monkeypatch.setattr(run_module, "run_until_asked", broken)
     result = fedcore("simulate", experiment, "--out", "out")
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()

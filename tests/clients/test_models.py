@@ -1,4 +1,6 @@
 """The models that come with fedcore."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from fedcore.clients.models import build_model, check_model
+from fedcore.clients.modules import initial_model
+from fedcore.clients.tasks.digits import Digits
 from fedcore.errors import InvalidSetting
 from fedcore.vectors import FlatModule, Model
 
@@ -93,3 +97,12 @@ def test_wrong_settings_are_refused_with_their_path(check, spec, shape, words):
 def test_something_that_is_no_module_is_refused():
     with pytest.raises(InvalidSetting, match="torch.nn.Module"):
         build_model("collections:OrderedDict", (3,), 2)
+
+
+def test_initial_models_made_in_several_threads_are_those_made_in_one():
+    task = Digits()
+    alone = initial_model(task, 7).params
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: initial_model(task, seed).params, [7, 8] * 40))
+    assert all(torch.equal(found, alone) for found in together[::2])
+    assert len({float(found.sum()) for found in together[1::2]}) == 1

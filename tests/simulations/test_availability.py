@@ -96,9 +96,10 @@ def test_trace_repeats(tmp_path):
     assert not found.is_on(4, 155) and found.next_change(4, 0) == math.inf
 
 
-@given(lap=st.floats(0.1, 10), start=st.floats(0, 0.9), length=st.floats(0.01, 1), at=st.floats(0, 1e5))
+# Hundredths of a lap: an interval may be too short for the clock's floating-point numbers to see.
+@given(lap=st.floats(0.1, 10), start=st.integers(0, 90), length=st.integers(1, 100), at=st.floats(0, 1e5))
 def test_repeated_changes_are_strictly_later_and_change_something(tmp_path_factory, lap, start, length, at):
-    lines = [f"0,{start * lap!r},{(start + length) * lap!r}"]
+    lines = [f"0,{start / 100 * lap!r},{(start + length) / 100 * lap!r}"]
     found = trace(tmp_path_factory.mktemp("trace"), lines, repeat_s=lap)
     change = found.next_change(0, at)
     assert change > at

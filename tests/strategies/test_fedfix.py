@@ -166,7 +166,7 @@ def test_measured_and_given_times_agree_when_times_are_constant(federate):
 def test_over_a_common_period_every_client_weighs_its_share(federate, ticks, shift):
     period = math.lcm(*ticks)
     importance = [1.0 + client for client in range(len(ticks))]
-    outcome = federate(FedFix(1.0, importance=importance), [float(c) for c in ticks], seconds=3.0 * period + 6.5)
+    outcome = federate(FedFix(1.0, importance=importance), [float(c) for c in ticks], seconds=3.0 * period + 9.5)
     total = dict.fromkeys(range(len(ticks)), 0.0)
     for row in outcome.of("update"):
         if 6 + shift < row["tick"] <= 6 + shift + period:
