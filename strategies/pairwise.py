@@ -3,7 +3,7 @@
 A peer computes one gradient after another. Each edge has a Poisson clock, owned by its lower rank; at a tick both ends
 exchange parameters, and both apply the exchange or neither does.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ class Node:
                            "train.lr, or set train.clip_norm.")
         self.peer.params = self.state.params
         pace = self.pace
-        return Saved(self.state.copy, self.state.at, self.epoch, pace.unit_s, pace.since_s, pace.since)
+        return Saved(self.state.copy, self.state.at, self.epoch, pace.unit_s, pace.since_s, pace.since, self.mixing.eta)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What survives a restart besides the parameters: x~ and its time, the membership, and the clock."""
+    """What survives a restart besides the parameters: x~ and its time, the membership, the clock, and the drift."""
 
     copy: Tensor | None
     at: float
@@ -72,6 +72,7 @@ class Saved:
     unit_s: float
     since_s: float
     since: float
+    eta: float = 0.0
 
 
 async def run_pairwise(
@@ -119,8 +120,11 @@ async def _begin(
         before.drift()
         since, state = before.pace.at(latest), before.state
     elif saved is not None:
-        since = Pace(saved.unit_s, saved.since_s, saved.since).at(latest)
+        earlier = Pace(saved.unit_s, saved.since_s, saved.since)
+        since = earlier.at(latest)
+        # Under the earlier membership's drift, as if this peer had never stopped.
         state = PeerState(peer.params, saved.copy, saved.at)
+        state = advance(state, replace(mixing, eta=saved.eta), earlier.at(peer.now))
     else:
         since, state = 0.0, PeerState(peer.params, peer.params if momentum else None)
     return Node(peer, state, mixing, Pace(unit_s, latest, since))
