@@ -165,11 +165,19 @@ class Workbench:
             self._queue.pop(str(facts.get("id")), None)
 
     async def drain(self) -> None:
-        """Begin nothing new, and wait for the task under way and for its reply to be sent."""
+        """Begin nothing new, and wait for the task under way and for its reply to be sent.
+
+        A task whose request is with a server that is out of reach has not begun.
+        """
         self._stopping = True
-        await self._idle.wait()
+        while not self._idle.is_set() and not (self._link is None and self._awaits_request()):
+            await asyncio.sleep(0.01)
         while self._unsent and self._link is not None:
             await asyncio.sleep(0.01)
+
+    def _awaits_request(self) -> bool:
+        entry = self._running
+        return entry is not None and entry.inline is None and not entry.ready_at
 
     # ---- the work ---------------------------------------------------------------------------------------------------
 

@@ -165,6 +165,19 @@ def test_a_finished_task_survives_the_death_of_its_client_and_is_delivered_by_th
         again.stop()
 
 
+def test_a_client_that_is_stopped_does_not_wait_for_a_request_from_a_server_out_of_reach(server, work):
+    with Proxy(server.address) as proxy:
+        said: list[str] = []
+        client, node = connected(server, work, proxy.address, on_status=said.append)
+        proxy.bytes_per_s = 500_000
+        server.grid.push_messages([ask(node, 0, LARGE)])
+        wait_for(lambda: "downloading" in said, "the request being fetched")
+        proxy.refusing = True
+        proxy.cut()
+        client.stop()
+        assert not work.done
+
+
 def test_a_task_that_died_with_its_client_is_given_again_unless_its_model_is_too_old(server, work):
     with Proxy(server.address) as proxy:
         client, node = connected(server, work, proxy.address, drain_s=0.1)
