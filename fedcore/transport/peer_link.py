@@ -25,6 +25,7 @@ PEER_CHUNK_BYTES = 2 << 20
 SERVICE, TALK = "fedcore.Peers", "Talk"
 WELCOME_S = 10.0
 FIRST_WAIT_S, MOST_WAIT_S = 0.05, 5.0
+PATIENT = 7    # attempts after which the wait is at its longest
 # Messages that may wait for a peer that does not take them; beyond that the newest are not delivered.
 MOST_QUEUED = 256
 
@@ -54,7 +55,7 @@ class PeerLink:
     def post(self, envelope: Envelope) -> "asyncio.Future[bool]":
         """Send an envelope; the future becomes True when it has been delivered, False when it never will be."""
         delivered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if self.refused is not None or len(self._queue) >= MOST_QUEUED:
+        if len(self._queue) >= MOST_QUEUED:
             delivered.set_result(False)
             return delivered
         self._queue.append((self._number, frame(envelope), delivered))
@@ -104,10 +105,10 @@ class PeerLink:
             try:
                 await self._talk()
             except LinkRefused as error:
-                self.refused = str(error)
-                logger.error("Peer %s refuses this peer: %s", self._to.name, error)
-                self._give_up()
-                return
+                # Whoever answers there may be somebody else, or be set right: this peer goes on asking, now and then.
+                if self.refused != str(error):
+                    logger.error("Peer %s refuses this peer: %s", self._to.name, error)
+                self.refused, self._attempts = str(error), max(self._attempts, PATIENT)
             except (ConnectionError, MalformedFrame, TooSlow) as error:
                 logger.debug("Talking to peer %s: %s", self._to.name, error)
             if self.silent_since is None:
@@ -136,7 +137,7 @@ class PeerLink:
             if answer.get("kind") != "welcome":
                 raise MalformedFrame("it does not speak this protocol")
             self._attempts = self._sent = 0
-            self.silent_since = None
+            self.silent_since = self.refused = None
             hearing = asyncio.get_running_loop().create_task(self._hear(call))
             try:
                 await self._say(call, hearing)

@@ -11,6 +11,14 @@ EXPERIMENT = {"task": "digits", "strategy": "fedavg", "clients": {"count": 2}, "
 PEERS = {**EXPERIMENT, "strategy": "noloco", "train": {"local_steps": 2}}
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """Heed Ctrl-C: what a shell starts in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stopping(number):
     """Return what sends this process a signal once the run has begun to move."""
     left = [1]
