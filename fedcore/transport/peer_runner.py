@@ -27,6 +27,7 @@ logger = logging.getLogger("fedcore")
 # What peers say to each other besides what their strategy does.
 READY, ENDED, GOODBYE, ASK, STATE = "ready", "ended", "goodbye", "ask", "state"
 POLL_S = 0.01
+SAY_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,15 @@ class RealPeer:
 
     async def _gather(self, word: str, within_s: float = math.inf, tag: str = "") -> None:
         """Say a word to all, and wait until all who live have said it."""
-        for rank in sorted(self._others):
-            self.peer.post(rank, word, tag, 0, {})
-        until = time.monotonic() + within_s
-        while not self._others - self.peer.mailbox.lost <= self._heard[word] and time.monotonic() < until:
+        said = {rank: self.peer.post(rank, word, tag, 0, {}) for rank in sorted(self._others)}
+        began = said_at = time.monotonic()
+        while (awaited := self._others - self.peer.mailbox.lost - self._heard[word]) and (
+                time.monotonic() < began + within_s):
             await asyncio.sleep(POLL_S)
+            if time.monotonic() > said_at + SAY_AGAIN_S:
+                # Whoever heard it may have been another process, which is gone by now.
+                said |= {rank: self.peer.post(rank, word, tag, 0, {}) for rank in sorted(awaited) if said[rank].done()}
+                said_at = time.monotonic()
 
     # ---- newcomers --------------------------------------------------------------------------------------------------
 
