@@ -3,6 +3,7 @@ import asyncio
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,9 @@ class RosterBoard:
         """Seconds since all peers were ready."""
         return time.monotonic() - self._started
 
+    def attach(self, peer: Peer) -> None:
+        """Learn whose board this is."""
+
     def start_clock(self) -> None:
         """Call the present moment zero."""
         self._started = time.monotonic()
@@ -103,7 +107,7 @@ class RosterBoard:
         self._on_row("refused" if "refused_from" in figures else "log", dict(figures))
 
 
-class RealPeer:
+class RealPeer(ABC):
     """What every real peer is made of, and how it hears of others and gives them what they need to start.
 
     Args:
@@ -124,9 +128,24 @@ class RealPeer:
         self._heard: dict[str, set[int]] = {READY: set(), ENDED: set(), GOODBYE: set()}
         self._donated: asyncio.Future[Envelope] | None = None
         self.wire = PeerWire(roster, rank, credentials, self._take, self._incident, model.layout.num_bytes)
-        self.board = RosterBoard(len(roster.peers), options, checkpoints, on_row, self._gather)
+        self.board = self._make_board()
         self.peer = Peer(rank, seed, model.params, model.buffers, run=roster.run, labour=self._labour, wire=self.wire,
                          board=self.board, num_examples=work.num_examples, packing=packing)
+        self.peer.accords.on_loss.append(self._on_loss)
+        self.peer.accords.left_behind = self._on_left_behind
+        self.board.attach(self.peer)
+
+    @abstractmethod
+    def _make_board(self) -> RosterBoard:
+        """Return where this peer learns who takes part; `self.peer` is made after it."""
+
+    @abstractmethod
+    def _on_loss(self, rank: int) -> None:
+        """All who live have agreed that a peer is gone."""
+
+    @abstractmethod
+    def _on_left_behind(self) -> None:
+        """The others have agreed to go on without this peer."""
 
     # ---- what comes -------------------------------------------------------------------------------------------------
 

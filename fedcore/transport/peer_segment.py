@@ -110,6 +110,8 @@ class SegmentPeer(RealPeer):
         saved: the state in which this peer ended an earlier segment of the run, if it did.
     """
 
+    board: SegmentBoard
+
     def __init__(
         self, strategy: PeerStrategy, segment: Segment, rank: int, credentials: Credentials | None, model: Model,
         given: bool, work: PeerWork, saved: Mapping[str, Any] | None,
@@ -119,18 +121,20 @@ class SegmentPeer(RealPeer):
         entries = {member: Entry(*place) for member, place in zip(segment.members, places, strict=True)}
         stop_s = None if segment.seconds is None else segment.began_s + segment.seconds
         options = PeerOptions(segment.end, stop_s, lost_after_s=segment.lost_after_s, farewell_s=segment.lost_after_s)
+        self._segment, self._model, self._given, self._saved = segment, model, given, saved
         super().__init__(strategy, Roster.of_members(segment.conversation, entries), rank, credentials, model, work,
                          options, segment.seed, on_row=on_row)
-        self._segment, self._model, self._given, self._saved = segment, model, given, saved
         self._token = secrets.token_hex(8)    # tells this process from one of the same name that was killed
         self._tokens: dict[int, str] = {}
         self._silent: set[int] = set()
         self._broken: set[int] = set()
         self._left = asyncio.Event()
-        self.board: SegmentBoard = SegmentBoard(segment, options, on_row, self._gather)
-        self.peer.board = self.board
-        self.peer.accords.on_loss.append(self._on_loss)
-        self.peer.accords.left_behind = self._left.set
+
+    def _make_board(self) -> SegmentBoard:
+        return SegmentBoard(self._segment, self._options, self._on_row, self._gather)
+
+    def _on_left_behind(self) -> None:
+        self._left.set()
 
     # ---- what comes -------------------------------------------------------------------------------------------------
 

@@ -3,23 +3,16 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fedcore.checkpoint import Checkpoints
 from fedcore.errors import LeftBehind, PeerLost
 from fedcore.peers.all_reduce import give_copy
 from fedcore.peers.envelope import Envelope
-from fedcore.peers.packing import Packing
-from fedcore.peers.seams import Membership, PeerWork, Reduced
-from fedcore.peers.strategy import PeerStrategy
-from fedcore.tls import Credentials
+from fedcore.peers.seams import Membership, Reduced
 from fedcore.transport.agreed_board import AgreedBoard
-from fedcore.transport.peer_roster import Roster
-from fedcore.transport.peer_runner import ASK, GOODBYE, READY, STATE, PeerOptions, RealPeer
-from fedcore.vectors import Model
+from fedcore.transport.peer_runner import ASK, GOODBYE, READY, STATE, RealPeer
 
 # How long a peer that cannot go on waits for the others to hear what it has said.
 LAST_WORDS_S = 1.0
@@ -35,22 +28,14 @@ class RosterPeer(RealPeer):
         packing: compresses what this peer sends; None: nothing does.
     """
 
-    def __init__(
-        self, strategy: PeerStrategy, roster: Roster, rank: int, credentials: Credentials | None, model: Model,
-        work: PeerWork, options: PeerOptions, seed: int, checkpoints: Checkpoints | None = None,
-        on_row: Callable[[str, dict[str, Any]], None] = lambda event, figures: None, packing: Packing | None = None,
-    ):
-        super().__init__(
-            strategy, roster, rank, credentials, model, work, options, seed, checkpoints, on_row, packing)
-        self._left: asyncio.Future[None] | None = None
-        self._gift: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self._change: tuple[int, Membership, tuple[int, ...]] | None = None    # the latest, where somebody joins
-        self.board: AgreedBoard = AgreedBoard(
-            len(roster.peers), options, checkpoints, on_row, self._on_change, self._on_safe_point)
-        self.peer.board = self.board
-        self.peer.accords.on_loss.append(self._on_loss)
-        self.board.attach(self.peer)
-        self.peer.accords.left_behind = self._on_left_behind
+    board: AgreedBoard
+    _left: asyncio.Future[None] | None = None
+    _gift: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    _change: tuple[int, Membership, tuple[int, ...]] | None = None    # the latest, where somebody joins
+
+    def _make_board(self) -> AgreedBoard:
+        return AgreedBoard(len(self._roster.peers), self._options, self._checkpoints, self._on_row, self._on_change,
+                           self._on_safe_point)
 
     # ---- who comes and goes -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from fedcore.registry import build
 from fedcore.transport.loop import submit
 from fedcore.transport.peer_runner import PeerOptions
-from tests.fedcore.transport.test_peer_wire import PATIENCE_S, real_peers, roster_of
+from tests.fedcore.transport.test_peer_wire import PATIENCE_S, killed_and_back, real_peers, roster_of
 from tests.peer_lab import Script
 
 # So many messages does a member send in a ring of three.
@@ -70,17 +70,7 @@ def test_who_was_killed_rejoins_those_who_average_over_everybody_at_a_step_that_
     peers, rows = real_peers(strategy, roster, None, tmp_path / "a", options=options, **settings)
     again, new_rows = real_peers(strategy, roster, None, tmp_path / "b", options=options, **settings)
 
-    async def run():
-        tasks = [asyncio.create_task(peer.run()) for peer in peers]
-        while peers[0].peer.step < 5:
-            await asyncio.sleep(0.01)
-        tasks[3].cancel()
-        await asyncio.gather(tasks[3], return_exceptions=True)
-        while peers[0].peer.epoch < 1:
-            await asyncio.sleep(0.01)
-        return await asyncio.gather(*tasks[:3], again[3].run(rejoin=True))
-
-    found = submit(run()).result(PATIENCE_S)
+    found = submit(killed_and_back(peers, again[3], 5, lambda: peers[0].peer.epoch >= 1)).result(PATIENCE_S)
     # Nobody differs by a bit: it came with the others' model, and what was under way.
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert [row for row in new_rows if row[1] == "rejoined"] and again[3].peer.members == (0, 1, 2, 3)

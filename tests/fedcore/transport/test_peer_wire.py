@@ -65,6 +65,18 @@ async def together(peers):
     return await asyncio.gather(*[peer.run() for peer in peers])
 
 
+async def killed_and_back(peers, newcomer, after_step, is_noticed):
+    """Run four peers; the last dies after a step, and comes back as `newcomer` once the others have noticed."""
+    tasks = [asyncio.create_task(peer.run()) for peer in peers]
+    while peers[0].peer.step < after_step:
+        await asyncio.sleep(0.01)
+    tasks[-1].cancel()
+    await asyncio.gather(tasks[-1], return_exceptions=True)
+    while not is_noticed():
+        await asyncio.sleep(0.01)
+    return await asyncio.gather(*tasks[:-1], newcomer.run(rejoin=True))
+
+
 @pytest.mark.parametrize("name, secure, compressed", [
     *((name, secure, False) for name in ("noloco", "diloco", "co2") for secure in (False, True)),
     *((name, False, True) for name in ("noloco", "diloco", "co2", "gossip_sgd")),
@@ -102,18 +114,8 @@ def test_others_finish_when_a_peer_dies_and_it_rejoins_from_a_living_one(tmp_pat
     peers, rows = real_peers(strategy, roster, None, tmp_path / "a", options=options)
     again, new_rows = real_peers(strategy, roster, None, tmp_path / "b", options=options)
 
-    async def run():
-        tasks = [asyncio.create_task(peer.run()) for peer in peers]
-        while peers[0].peer.step < 5:
-            await asyncio.sleep(0.01)
-        tasks[3].cancel()
-        await asyncio.gather(tasks[3], return_exceptions=True)
-        while not [row for row in rows if row[1] == "lost"]:
-            await asyncio.sleep(0.01)
-        rejoined = asyncio.create_task(again[3].run(rejoin=True))
-        return await asyncio.gather(*tasks[:3], rejoined)
-
-    found = submit(run()).result(PATIENCE_S)
+    lost = killed_and_back(peers, again[3], 5, lambda: [row for row in rows if row[1] == "lost"])
+    found = submit(lost).result(PATIENCE_S)
     assert [figures for _, event, figures in new_rows if event == "rejoined"][0]["step"] >= 4
     assert {peer.peer.step for peer in peers[:3]} == {119} == {again[3].peer.step}
     start, optimum = torch.zeros(6, dtype=torch.float64), torch.stack(found).mean(0)
