@@ -62,22 +62,31 @@ class Framed:
 
     def chunks(self, start: int = 0, checked: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the body from byte `start` on, each chunk with its checksum before it where that is wanted."""
+        for parts in self._cut(start, chunk_bytes):
+            yield _chunk(parts, checked)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the body in blocks of `CHUNK_BYTES`, without copying those that lie in one piece."""
+        for parts in self._cut(0, CHUNK_BYTES):
+            yield parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def joined(self) -> bytes:
+        """Return the whole body, for a message so small that it travels in one piece."""
+        return b"".join(self.pieces)
+
+    def _cut(self, start: int, size: int) -> Iterator[list[memoryview]]:
         parts: list[memoryview] = []
-        room = chunk_bytes
+        room = size
         for piece in self._from(start):
             while len(piece):
                 parts.append(piece[:room])
                 room -= len(parts[-1])
                 piece = piece[len(parts[-1]):]
                 if room == 0:
-                    yield _chunk(parts, checked)
-                    parts, room = [], chunk_bytes
+                    yield parts
+                    parts, room = [], size
         if parts:
-            yield _chunk(parts, checked)
-
-    def joined(self) -> bytes:
-        """Return the whole body, for a message so small that it travels in one piece."""
-        return b"".join(self.pieces)
+            yield parts
 
     def _from(self, start: int) -> Iterator[memoryview]:
         for piece in self.pieces:

@@ -1,20 +1,26 @@
 """One peer's connection to another: messages in order, acknowledged, sent again after a broken connection."""
 import asyncio
 import logging
+import secrets
 from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 
-from fedcore.errors import LinkRefused, MalformedFrame, TooSlow
+from fedcore.errors import BadCertificate, LinkRefused, MalformedFrame, TooSlow
 from fedcore.peers.envelope import Envelope
 from fedcore.peers.ticks import exponential
 from fedcore.tasks import printable
-from fedcore.tls import Credentials, node_host
+from fedcore.tls import Credentials, identity_of, node_host
 from fedcore.transport.dial import open_channel, why
 from fedcore.transport.frames import Framed
 from fedcore.transport.peer_messages import frame
 from fedcore.transport.peer_roster import Entry
+from fedcore.transport.proof import check_proof
+from fedcore.transport.side_door import MOST_FAILURES, SideDial
+from fedcore.transport.side_streams import SIDE_BYTES
 from fedcore.transport.streams import Pace, write_body
 from fedcore.transport.wire import INLINE_BYTES, PROTOCOL, pack, unpack
 
@@ -38,10 +44,19 @@ class PeerLink:
     Args:
         hello: what this peer says of itself.
         to: the peer that it talks to.
+        threads: for what blocks.
+        on_incident: told who answers in its place.
     """
 
-    def __init__(self, hello: dict[str, Any], to: Entry, credentials: Credentials | None, pace: Pace, seed: int):
+    def __init__(
+        self, hello: dict[str, Any], to: Entry, credentials: Credentials | None, pace: Pace, seed: int,
+        threads: ThreadPoolExecutor, on_incident: Callable[[str, str], None],
+    ):
         self._hello, self._to, self._credentials, self._pace, self._seed = hello, to, credentials, pace, seed
+        self._threads, self._on_incident = threads, on_incident
+        self._side: SideDial | None = None
+        self._beside: set[int] = set()              # numbers of what was sent on it and not acknowledged
+        self._side_failures = 0                     # connections in a row that ended with such
         self._queue: deque[Waiting] = deque()       # not acknowledged, oldest first
         self._sent = 0                              # of the queue, how many were sent on this connection
         self._number = 0
@@ -85,6 +100,7 @@ class PeerLink:
         """Drop what was not delivered: the other end is another process by now, or none."""
         self._give_up()
         self._sent = 0
+        self._beside.clear()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         """Whatever it was that ended the talking: nobody must wait for it for ever."""
@@ -109,6 +125,9 @@ class PeerLink:
                 if self.refused != str(error):
                     logger.error("Peer %s refuses this peer: %s", self._to.name, error)
                 self.refused, self._attempts = str(error), max(self._attempts, PATIENT)
+            except BadCertificate as error:
+                self._on_incident(self._to.name, str(error))
+                self._attempts = max(self._attempts, PATIENT)
             except (ConnectionError, MalformedFrame, TooSlow) as error:
                 logger.debug("Talking to peer %s: %s", self._to.name, error)
             if self.silent_since is None:
@@ -129,15 +148,10 @@ class PeerLink:
         channel = open_channel(self._to.address, self._credentials, host)
         call = channel.stream_stream(f"/{SERVICE}/{TALK}")()
         try:
-            async with asyncio.timeout(WELCOME_S):
-                await call.write(pack(self._hello))
-                answer = unpack(await call.read()).facts
-            if answer.get("kind") == "refused":
-                raise LinkRefused(printable(str(answer.get("reason"))))
-            if answer.get("kind") != "welcome":
-                raise MalformedFrame("it does not speak this protocol")
+            answer = await self._introduce(call)
             self._attempts = self._sent = 0
             self.silent_since = self.refused = None
+            self._open_side(answer.get("side"))
             hearing = asyncio.get_running_loop().create_task(self._hear(call))
             try:
                 await self._say(call, hearing)
@@ -147,20 +161,51 @@ class PeerLink:
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
             raise ConnectionError(why(error)) from error
         finally:
+            self._close_side()
             call.cancel()
             await channel.close()
+
+    async def _introduce(self, call: Any) -> dict[str, Any]:
+        """Say who this is; returns the other end's welcome.
+
+        Raises:
+            LinkRefused: it turns this peer away.
+            BadCertificate: it is not the peer that is expected.
+        """
+        nonce = secrets.token_hex(16)
+        async with asyncio.timeout(WELCOME_S):
+            await call.write(pack({**self._hello, "nonce": nonce}))
+            answer = unpack(await call.read()).facts
+        if answer.get("kind") == "refused":
+            raise LinkRefused(printable(str(answer.get("reason"))))
+        if answer.get("kind") != "welcome":
+            raise MalformedFrame("it does not speak this protocol")
+        if self._credentials is not None:
+            own = identity_of(self._credentials.cert).fingerprint
+            check_proof(answer.get("proof"), self._to.fingerprint, self._hello["run"], nonce, own)
+        return answer
+
+    def _open_side(self, offered: Any) -> None:
+        """Begin to open a stream for large bodies, where the other end offers one."""
+        if not isinstance(offered, Mapping) or self._side_failures >= MOST_FAILURES:
+            return
+        port, ticket = offered.get("port"), offered.get("ticket")
+        if type(port) is not int or not 0 < port < 1 << 16 or not isinstance(ticket, str):
+            raise MalformedFrame("it offers a side stream that nobody could open")
+        self._side = SideDial(self._to, port, ticket, self._credentials, self._pace, self._threads)
+
+    def _close_side(self) -> None:
+        if self._side is not None:
+            self._side.close()
+        self._side_failures += bool(self._beside)
+        self._side, self._beside = None, set()
 
     async def _say(self, call: Any, hearing: "asyncio.Task[None]") -> None:
         while not hearing.done():
             while self._sent < len(self._queue):
                 number, framed, _ = self._queue[self._sent]
                 self._sent += 1
-                inline = framed.size <= INLINE_BYTES
-                first = framed if inline else Framed(framed.head, (), 0)
-                await call.write(pack({"n": number, "inline": inline}, first))
-                if not inline:
-                    await write_body(call.write, framed, self._pace, 0, self._credentials is None,
-                                     chunk_bytes=PEER_CHUNK_BYTES)
+                await self._send(call, number, framed)
             self._wake.clear()
             waking = asyncio.get_running_loop().create_task(self._wake.wait())
             try:
@@ -168,6 +213,18 @@ class PeerLink:
             finally:
                 waking.cancel()
         await hearing
+
+    async def _send(self, call: Any, number: int, framed: Framed) -> None:
+        inline = framed.size <= INLINE_BYTES
+        side = self._side.stream if self._side is not None and framed.size >= SIDE_BYTES else None
+        first = framed if inline else Framed(framed.head, (), 0)
+        await call.write(pack({"n": number, "inline": inline, "side": side is not None}, first))
+        if side is not None:
+            self._beside.add(number)
+            await asyncio.get_running_loop().run_in_executor(self._threads, side.send, framed)
+        elif not inline:
+            await write_body(call.write, framed, self._pace, 0, self._credentials is None,
+                             chunk_bytes=PEER_CHUNK_BYTES)
 
     async def _hear(self, call: Any) -> None:
         """Take acknowledgements, which come in the order of sending."""
@@ -177,8 +234,11 @@ class PeerLink:
                 raise LinkRefused(printable(str(answer.get("reason"))))
             if not self._sent or answer.get("n") != self._queue[0][0]:
                 raise MalformedFrame("it acknowledges what it was not sent")
-            _, _, delivered = self._queue.popleft()
+            number, _, delivered = self._queue.popleft()
             self._sent -= 1
+            if number in self._beside:
+                self._beside.remove(number)
+                self._side_failures = 0
             if not delivered.done():
                 delivered.set_result(True)
 

@@ -16,6 +16,7 @@ from fedcore.peers.envelope import Envelope
 from fedcore.peers.packing import Packed
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Reduced
+from fedcore.peers.segments import RELAYED
 from fedcore.tasks import printable
 from fedcore.tls import Credentials, identity_of
 from fedcore.tls import server_options as tls_server_options
@@ -24,8 +25,10 @@ from fedcore.transport.peer_link import SERVICE, TALK, WELCOME_S, PeerLink, hell
 from fedcore.transport.peer_messages import Arriving
 from fedcore.transport.peer_roster import Roster
 from fedcore.transport.pool import BufferPool
+from fedcore.transport.proof import prove
+from fedcore.transport.side_door import Expected, SideDoor, pool_for
 from fedcore.transport.streams import Pace, read_body
-from fedcore.transport.wire import PROTOCOL, pack, server_options, unpack
+from fedcore.transport.wire import PROTOCOL, host_of, pack, server_options, unpack
 
 logger = logging.getLogger("fedcore")
 
@@ -78,6 +81,8 @@ class PeerWire:
         self._links: dict[int, PeerLink] = {}
         self._forgotten: set[int] = set()
         self._server: aio.Server | None = None
+        self._door: SideDoor | None = None
+        self._threads = pool_for(len(roster.ranks))
         self.port = 0    # where it listens
         self.donor: int | None = None    # from whom this peer has its state, where it came later
 
@@ -107,11 +112,22 @@ class PeerWire:
                                "Another peer may still be running.") from error
         await server.start()
         self._server = server
+        self._open_door(own.address, host_of(address))
         hello = hello_of(self._roster.run, self._rank, own.name)
         for rank in self._roster.ranks:
             if rank != self._rank:
                 entry = self._roster.peers[rank]
-                self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank)
+                self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank, self._threads,
+                                             self._on_incident)
+
+    def _open_door(self, reached_at: str, host: str) -> None:
+        """Listen for side streams too; where that does not work, all travels on gRPC's."""
+        if reached_at == RELAYED:
+            return    # whoever is let through to this peer is let through to one port
+        try:
+            self._door = SideDoor(host, self._credentials, self._pace, self._threads, self._on_incident)
+        except OSError as error:
+            logger.debug("There will be no side streams to this peer: %s", error)
 
     def silent_for(self, rank: int) -> float:
         """Return for how long a peer could not be reached, seconds."""
@@ -144,8 +160,11 @@ class PeerWire:
         """End all connections."""
         for link in self._links.values():
             await link.close()
+        if self._door is not None:
+            await self._door.close()
         if self._server is not None:
             await self._server.stop(0.2)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- as the peer sees it ----------------------------------------------------------------------------------------
 
@@ -179,16 +198,19 @@ class PeerWire:
 
     async def _talk(self, _: Any, context: Any) -> None:
         """Take another peer's messages for as long as it is connected."""
-        caller = printable(context.peer())
+        caller, side = printable(context.peer()), None
         try:
             async with asyncio.timeout(WELCOME_S):
-                rank = self._admit(unpack(await context.read()).facts, context)
+                hello = unpack(await context.read()).facts
+            rank = self._admit(hello, context)
             caller = self._roster.peers[rank].name
             if rank in self._links:    # whoever dials can be dialled
                 self._links[rank].call_again()
-            await context.write(pack({"kind": "welcome"}))
+            if self._door is not None:
+                side = self._door.expect(self._roster.peers[rank].fingerprint)
+            await context.write(pack(self._welcome(rank, hello, side)))
             while isinstance(message := await context.read(), bytes):
-                number, envelope = await self._receive(message, context)
+                number, envelope = await self._receive(message, context, side)
                 if envelope.source != rank or envelope.run != self._roster.run:
                     raise MalformedFrame(f"it sent a message of peer {envelope.source} in run {shown(envelope.run)}")
                 self._deliver(envelope)
@@ -204,6 +226,19 @@ class PeerWire:
             reason = str(error) or f"it said nothing for {WELCOME_S:g} s"
             self._on_incident(caller, reason)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        finally:
+            if side is not None:
+                side.close()
+
+    def _welcome(self, rank: int, hello: Mapping[str, Any], side: Expected | None) -> dict[str, Any]:
+        """Return what a peer that is let in is told: who this is, and where it may send large bodies."""
+        welcome: dict[str, Any] = {"kind": "welcome"}
+        if self._credentials is not None:
+            theirs = self._roster.peers[rank].fingerprint
+            welcome["proof"] = prove(self._credentials, self._roster.run, str(hello.get("nonce")), theirs)
+        if self._door is not None and side is not None:
+            welcome["side"] = {"port": self._door.port, "ticket": side.ticket}
+        return welcome
 
     def _admit(self, hello: Mapping[str, Any], context: Any) -> int:
         """Return the rank of a caller that is who it says.
@@ -234,7 +269,7 @@ class PeerWire:
                 raise Refusal(f"your certificate ({identity}) is not the one that the roster pins for {entry.name}")
         return rank
 
-    async def _receive(self, message: bytes, context: Any) -> tuple[int, Envelope]:
+    async def _receive(self, message: bytes, context: Any, side: Expected | None) -> tuple[int, Envelope]:
         """Return the number of a message, and what it holds, once all of it has come.
 
         Raises:
@@ -252,6 +287,10 @@ class PeerWire:
             if len(packed.body) != arriving.size:
                 raise MalformedFrame(f"{len(packed.body)} bytes came where {arriving.size} were announced")
             body[:] = np.frombuffer(packed.body, np.uint8)
+        elif packed.facts.get("side"):
+            if side is None or not side.stream.done():
+                raise MalformedFrame("it speaks of a side stream that it has not opened")
+            await asyncio.get_running_loop().run_in_executor(self._threads, side.stream.result().receive, body)
         else:
             await read_body(context.read, Assembler(body, checked=self._credentials is None), self._pace)
         return number, arriving.build(body)

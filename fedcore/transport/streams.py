@@ -28,6 +28,10 @@ class Pace:
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidSetting(name, getattr(self, name), "a positive number")
 
+    def too_slow(self) -> TooSlow:
+        """Return what breaks off a transfer that makes less progress."""
+        return TooSlow(f"fewer than {self.min_bytes_per_s * self.grace_s:.0f} bytes came in {self.grace_s:g} s")
+
 
 class Progress:
     """Moves a transfer's deadline on whenever enough bytes have passed.
@@ -61,9 +65,7 @@ async def progress(pace: Pace, size: int) -> AsyncIterator[Progress]:
         async with asyncio.timeout(pace.grace_s) as limit:
             yield Progress(limit, pace, size)
     except TimeoutError as error:
-        raise TooSlow(
-            f"fewer than {pace.min_bytes_per_s * pace.grace_s:.0f} bytes came in {pace.grace_s:g} s"
-        ) from error
+        raise pace.too_slow() from error
 
 
 async def write_body(
