@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,18 @@ class Nursery:
             self._process.kill()
 
 
+def quiet_port() -> int:
+    """Return a free port below those that the system gives to whoever asks for any, proxies and other tests included.
+
+    The server comes back to it again and again, and must find it free.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Federation:
     """A server and its clients, each client behind a network of its own."""
 
@@ -100,9 +112,7 @@ class Federation:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "experiment.yaml").write_text(yaml.safe_dump(settings))
         shutil.copy(HERE / "ledger.py", folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = quiet_port()
         self.proxies = [Proxy(self.port) for _ in range(CLIENTS)]
         self.server: int | None = None
         self.clients: list[int | None] = [None] * CLIENTS
