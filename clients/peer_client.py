@@ -42,7 +42,7 @@ from fedcore.vectors import Model
 # Where Flower keeps it for us.
 STATE, STATE_TEXT = "fedcore.peer", "fedcore.peer-text"
 # Keys of a node's configuration.
-LISTEN, ADVERTISE, TLS = "peer-listen", "peer-advertise", "peer-tls"
+LISTEN, ADVERTISE, TLS, SIDE_PORT = "peer-listen", "peer-advertise", "peer-tls", "peer-side-port"
 EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
 HOW = ("Start it with --peer-listen HOST:PORT (of a SuperNode: peer-listen=\"HOST:PORT\" in --node-config), where the "
        "other peers can dial it; or let the server relay to it, with peers.relay: true in its experiment file.")
@@ -58,11 +58,13 @@ class Door:
         listen: HOST:PORT on this machine.
         address: HOST:PORT that others dial; "relayed": the server relays to it.
         credentials: None: in clear.
+        side_port: on which large vectors come; 0: any free one.
     """
 
     listen: str
     address: str
     credentials: Credentials | None
+    side_port: int = 0
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any], relay: bool = False) -> "Door":
@@ -86,15 +88,16 @@ class Door:
             host, _, port = text.rpartition(":")
             if not port.isdecimal() or not 0 < int(port) < 65536 or (not host and name == ADVERTISE):
                 raise BadInput(f"{name}={text!r}, but it must be HOST:PORT with a port from 1 to 65535.")
+        side_port = _side_port(node_config.get(SIDE_PORT, 0), listen)
         if address.rpartition(":")[0] in EVERYWHERE:
             raise BadInput(f"{LISTEN}={listen!r} does not say where others can dial this node. Add --peer-advertise "
                            f"HOST:PORT (of a SuperNode: {ADVERTISE}).")
         if tls:
-            return cls(listen, address, load_credentials(Path(str(tls)), "node"))
+            return cls(listen, address, load_credentials(Path(str(tls)), "node"), side_port)
         if not is_loopback(host_of(listen)) or not is_loopback(host_of(address)):
             raise BadInput(f"Peers beyond one machine talk with certificates, but this node has none for {address}. "
                            f"Start it with --tls DIR (of a SuperNode: {TLS}).")
-        return cls(listen, address, None)
+        return cls(listen, address, None, side_port)
 
     def introduce(self, rank: object, step: int) -> Introduction:
         """Return what the server is told."""
@@ -104,6 +107,14 @@ class Door:
             return Introduction(name, self.address, "", step)
         identity = identity_of(self.credentials.cert)
         return Introduction(identity.name, self.address, identity.fingerprint, step)
+
+
+def _side_port(value: object, listen: str) -> int:
+    text = str(value)
+    if not text.isdecimal() or int(text) >= 65536 or (int(text) and text == listen.rpartition(":")[2]):
+        raise BadInput(f"{SIDE_PORT}={text!r}, but it must be a port from 1 to 65535, another than in {LISTEN}; 0 "
+                       "takes any free one.")
+    return int(text)
 
 
 class PeerClient:
@@ -167,7 +178,8 @@ class PeerClient:
         try:
             peer = SegmentPeer(self.strategy, reachable, rank, door.credentials, model, given, work,
                                read_state(context, segment.run), on_row)
-            playing = peer.play(door.listen, ends.accept) if relayed else peer.play(door.listen)
+            playing = peer.play(door.listen, ends.accept) if relayed else \
+                peer.play(door.listen, side_port=door.side_port)
             outcome = submit(playing).result()
         finally:
             submit(ends.close()).result()

@@ -125,6 +125,10 @@ def client(
     peer_advertise: Annotated[str | None, typer.Option(
         metavar="HOST:PORT", show_default=False, help="Where the others dial it, if that is another address."
     )] = None,
+    peer_side_port: Annotated[int | None, typer.Option(
+        min=1, max=65535, metavar="PORT", show_default=False,
+        help="On which large vectors come, if the others can dial that too; else they come on the first port."
+    )] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help=INSECURE)] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what fedcore and Flower log.")] = False,
 ) -> None:
@@ -141,7 +145,7 @@ def client(
     show_logs(verbose)
     settings = ClientSettings(
         server, tls, insecure, name, tuple(node_config or ()), state, None if allow is None else tuple(allow),
-        max_local_steps, max_seconds, max_megabytes, peer_listen, peer_advertise,
+        max_local_steps, max_seconds, max_megabytes, peer_listen, peer_advertise, peer_side_port,
     )
     raise typer.Exit(run_client(file, overrides or (), settings))
 

@@ -38,6 +38,10 @@ def peer(
     listen: Annotated[str | None, typer.Option(
         metavar="HOST:PORT", help="Where to listen, if not at the roster's address, e.g. 0.0.0.0:9444."
     )] = None,
+    side_port: Annotated[int | None, typer.Option(
+        min=1, max=65535, metavar="PORT", show_default=False,
+        help="On which large vectors come, if the others can dial that too; else they come on the first port."
+    )] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(
         metavar="DIR", help="Folder for this peer's results; new or empty. Without it, a new one below runs/."
@@ -61,9 +65,9 @@ def peer(
 
     show_logs(verbose)
     if torch_distributed is not None:
-        if roster or name or tls or listen or rejoin:
+        if roster or name or tls or listen or side_port or rejoin:
             raise BadInput("torchrun says who takes part and connects them: --torch-distributed goes without --roster, "
-                           "--name, --tls, --listen and --rejoin.")
+                           "--name, --tls, --listen, --side-port and --rejoin.")
         from fedcore.cluster_peer import run_cluster_peer
 
         raise typer.Exit(run_cluster_peer(file, overrides or (), torch_distributed, out, resume))
@@ -72,7 +76,8 @@ def peer(
     if roster is None or name is None:
         raise BadInput("Who takes part, and which of them is this? Give --roster FILE and --name NAME; or start all "
                        "peers with torchrun and --torch-distributed gloo.")
-    raise typer.Exit(run_peer(file, overrides or (), roster, name, tls, insecure, listen, out, resume, rejoin))
+    raise typer.Exit(run_peer(file, overrides or (), roster, name, tls, insecure, (listen, side_port or 0), out, resume,
+                            rejoin))
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -153,6 +153,7 @@ class ClientSettings:
     max_megabytes: float | None
     peer_listen: str | None = None
     peer_advertise: str | None = None
+    peer_side_port: int | None = None
 
     def as_peer(self, experiment: Experiment) -> dict[str, str]:
         """Return what the node's configuration says to other peers, where the experiment has any.
@@ -161,10 +162,11 @@ class ClientSettings:
             BadInput: others could not reach this client, or nobody will want to.
         """
         given = {"peer-listen": self.peer_listen, "peer-advertise": self.peer_advertise,
+                 "peer-side-port": None if self.peer_side_port is None else str(self.peer_side_port),
                  "peer-tls": None if self.tls is None else str(self.tls.absolute())}
         if not isinstance(experiment.build_strategy(), PeerStrategy):
-            if self.peer_listen or self.peer_advertise:
-                raise BadInput(f"--peer-listen and --peer-advertise are for strategies of peers; with "
+            if self.peer_listen or self.peer_advertise or self.peer_side_port:
+                raise BadInput("--peer-listen, --peer-advertise and --peer-side-port are for strategies of peers; with "
                                f"{experiment.strategy_name} clients talk to the server alone. Leave them out.")
             return {}
         from fedcore.clients.peer_client import Door

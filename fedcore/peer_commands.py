@@ -104,9 +104,13 @@ def credentials_for(tls: Path | None, insecure: bool, roster: Roster, rank: int)
 
 def run_peer(
     file: Path, overrides: Sequence[str], roster_file: Path, name: str, tls: Path | None, insecure: bool,
-    listen: str | None, out: Path | None, resume: bool, rejoin: bool,
+    doors: tuple[str | None, int], out: Path | None, resume: bool, rejoin: bool,
 ) -> int:
-    """Run one peer to the end; returns the exit status."""
+    """Run one peer to the end; returns the exit status.
+
+    Args:
+        doors: HOST:PORT where it listens, None: the roster's address; the port for large vectors, 0: any free one.
+    """
     roster = Roster.of(roster_file)
     rank = roster.rank_of(name)
     experiment = load_experiment(file, [*overrides, f"clients.count={len(roster.peers)}"])
@@ -117,7 +121,7 @@ def run_peer(
                           experiment.seed, parts.checkpoints, parts.on_row, parts.packing)
 
     return take_part(experiment, (roster.run, name, rank), out, resume, make,
-                     lambda peer: peer.run(listen, resume, rejoin))
+                     lambda peer: peer.run(doors[0], resume, rejoin, doors[1]))
 
 
 @dataclass(frozen=True)

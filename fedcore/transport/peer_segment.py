@@ -209,13 +209,14 @@ class SegmentPeer(RealPeer):
     # ---- the segment ------------------------------------------------------------------------------------------------
 
     async def play(
-        self, listen: str | None = None, on_listening: Callable[[int], None] = lambda port: None
+        self, listen: str | None = None, on_listening: Callable[[int], None] = lambda port: None, side_port: int = 0,
     ) -> Outcome:
         """Take part in the segment; returns what came of it.
 
         Args:
             listen: HOST:PORT, where that is not the segment's address.
             on_listening: told the port.
+            side_port: on which large vectors come; 0: any free one.
 
         Raises:
             CannotListen: the port is in use.
@@ -224,7 +225,7 @@ class SegmentPeer(RealPeer):
         if self._can_donate():
             saved = self._saved or {}
             self.board.latest = (saved["step"], saved["state"], saved["params"], saved["buffers"])
-        await self.wire.start(listen)
+        await self.wire.start(listen, side_port)
         on_listening(self.wire.port)
         watching = asyncio.get_running_loop().create_task(self._watch())
         consensus, beside, problem = None, Counters(), ""

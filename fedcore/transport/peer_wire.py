@@ -88,14 +88,15 @@ class PeerWire:
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
-    async def start(self, listen: str | None = None) -> None:
+    async def start(self, listen: str | None = None, side_port: int = 0) -> None:
         """Listen, and begin to connect to the others.
 
         Args:
             listen: HOST:PORT, where that is not the roster's address.
+            side_port: on which large vectors come; 0: any free one.
 
         Raises:
-            CannotListen: the port is in use, or the address is not this machine's.
+            CannotListen: a port is in use, or the address is not this machine's.
         """
         own = self._roster.peers[self._rank]
         address = listen or own.address
@@ -112,7 +113,11 @@ class PeerWire:
                                "Another peer may still be running.") from error
         await server.start()
         self._server = server
-        self._open_door(own.address, host_of(address))
+        try:
+            self._open_door(own.address, host_of(address), side_port)
+        except CannotListen:
+            await self.close()
+            raise
         hello = hello_of(self._roster.run, self._rank, own.name)
         for rank in self._roster.ranks:
             if rank != self._rank:
@@ -120,13 +125,20 @@ class PeerWire:
                 self._links[rank] = PeerLink(hello, entry, self._credentials, self._pace, self._rank, self._threads,
                                              self._on_incident)
 
-    def _open_door(self, reached_at: str, host: str) -> None:
-        """Listen for side streams too; where that does not work, all travels on gRPC's."""
+    def _open_door(self, reached_at: str, host: str, port: int) -> None:
+        """Listen for side streams too; where that does not work, all travels on gRPC's.
+
+        Raises:
+            CannotListen: it does not work on the port that was asked for.
+        """
         if reached_at == RELAYED:
             return    # whoever is let through to this peer is let through to one port
         try:
-            self._door = SideDoor(host, self._credentials, self._pace, self._threads, self._on_incident)
+            self._door = SideDoor(host, port, self._credentials, self._pace, self._threads, self._on_incident)
         except OSError as error:
+            if port:
+                raise CannotListen(f"Cannot listen on port {port} of {host} for large vectors: {error.strerror}. Name "
+                                   "another, or none: then any free one is taken.") from error
             logger.debug("There will be no side streams to this peer: %s", error)
 
     def silent_for(self, rank: int) -> float:

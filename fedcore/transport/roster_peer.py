@@ -129,13 +129,16 @@ class RosterPeer(RealPeer):
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
-    async def run(self, listen: str | None = None, resume: bool = False, rejoin: bool = False) -> Tensor:
+    async def run(
+        self, listen: str | None = None, resume: bool = False, rejoin: bool = False, side_port: int = 0
+    ) -> Tensor:
         """Take part to the end; returns this peer's parameters.
 
         Args:
             listen: HOST:PORT, where that is not the roster's address.
             resume: continue from this peer's own checkpoint; all peers must.
             rejoin: start from what a living peer has: this one was away.
+            side_port: on which large vectors come; 0: any free one.
 
         Raises:
             CannotListen: the port is in use.
@@ -148,7 +151,7 @@ class RosterPeer(RealPeer):
             saved, _ = self._checkpoints.load_newest()
             self.peer.load_state_dict(saved["peer"])
             at = saved["peer"]["at"]
-        await self.wire.start(listen)
+        await self.wire.start(listen, side_port)
         loop = asyncio.get_running_loop()
         self._left = loop.create_future()
         watching = None

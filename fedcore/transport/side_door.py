@@ -48,7 +48,8 @@ class SideDoor:
     """Listens for the side streams of those who were told that they may open one.
 
     Args:
-        host: at which the peer listens; the port is any free one.
+        host: at which the peer listens.
+        port: of this machine; 0: any free one.
         on_incident: told who came with another's ticket.
 
     Raises:
@@ -56,12 +57,12 @@ class SideDoor:
     """
 
     def __init__(
-        self, host: str, credentials: Credentials | None, pace: Pace, threads: ThreadPoolExecutor,
+        self, host: str, port: int, credentials: Credentials | None, pace: Pace, threads: ThreadPoolExecutor,
         on_incident: Callable[[str, str], None],
     ):
         self._credentials, self._pace, self._threads, self._on_incident = credentials, pace, threads, on_incident
         host = host.strip("[]")
-        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._expected: dict[str, Expected] = {}

@@ -117,6 +117,8 @@ def test_simulated_clients_cannot_talk_to_each_other():
     ({}, "gives no address"), ({"peer-listen": "nowhere"}, "HOST:PORT"), ({"peer-listen": "127.0.0.1:0"}, "1 to 65535"),
     ({"peer-listen": "0.0.0.0:9444"}, "does not say where"), ({"peer-listen": "10.0.0.1:9444"}, "certificates"),
     ({"peer-listen": "0.0.0.0:9444", "peer-advertise": "127.0.0.1:9444"}, "certificates"),
+    *(({"peer-listen": "127.0.0.1:9444", "peer-side-port": port}, f"peer-side-port='{port}'")
+      for port in ("9444", "x", "-1", "65536", "1.5")),
 ])
 def test_a_door_that_nobody_could_find_or_everybody_could_open_is_refused(config, words):
     with pytest.raises(BadInput, match=words):
@@ -200,6 +202,8 @@ def client_options(**changes):
 def test_a_client_says_at_once_whether_others_can_reach_it():
     options = client_options(peer_listen="127.0.0.1:9444")
     assert options.as_peer(experiment()) == {"peer-listen": "127.0.0.1:9444"}
+    found = client_options(peer_listen="127.0.0.1:9444", peer_side_port=9445).as_peer(experiment())
+    assert Door.of(found).side_port == 9445 and Door.of({"peer-listen": "127.0.0.1:9444"}).side_port == 0
     assert client_options().as_peer(experiment(strategy="fedavg")) == {}
     with pytest.raises(BadInput, match="gives no address"):
         client_options().as_peer(experiment())
