@@ -219,6 +219,8 @@ def _context(credentials: Credentials, server: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=credentials.ca.decode("ascii"))
+    if server:
+        context.num_tickets = 0    # nobody resumes, and whoever only sends would never read them
     with _as_file(credentials.cert + b"\n" + credentials.key) as path:
         context.load_cert_chain(path)
     return context

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedcore.authority import Authority
 from fedcore.errors import BadCertificate, CannotListen, MalformedFrame, StreamCut, TooSlow
 from fedcore.peers.envelope import Envelope, payload_bytes
-from fedcore.tls import load_credentials
+from fedcore.tls import load_credentials, node_host
 from fedcore.transport import peer_wire, side_streams
 from fedcore.transport.frames import CHUNK_BYTES, Framed
 from fedcore.transport.loop import submit
@@ -29,13 +29,24 @@ QUICK = Pace(grace_s=0.3)
 COUNT = 3 * SIDE_BYTES // 8 + 5
 
 
+@pytest.fixture
+def pki(tmp_path):
+    return Pki(tmp_path / "pki")
+
+
 # ---- one stream ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def stream(pace=None, checked=True):
+def stream(pace=None, checked=True, pki=None):
     """Lend both ends of a stream."""
-    ends = [SideStream(end, pace or Pace(), checked) for end in socket.socketpair()]
+    links = socket.socketpair()
+    if pki is not None:
+        near, far = (side_streams._context(pki.node(index), server=index == 1) for index in range(2))
+        links = [near.wrap_socket(links[0], server_hostname=node_host("node-1"), do_handshake_on_connect=False),
+                 far.wrap_socket(links[1], server_side=True, do_handshake_on_connect=False)]
+        assert at_once(*[link.do_handshake for link in links]) == [None, None]
+    ends = [SideStream(link, pace or Pace(), checked) for link in links]
     yield ends
     for end in ends:
         end.close()
@@ -106,9 +117,10 @@ def test_blocks_that_changed_places_are_noticed():
     assert sums[0] != sums[1]
 
 
-def test_who_sends_or_takes_too_little_is_broken_off():
+@pytest.mark.parametrize("secure", [False, True])
+def test_who_sends_or_takes_too_little_is_broken_off(secure, pki):
     size = 64 << 20
-    with stream(QUICK) as (here, there):
+    with stream(QUICK, pki=pki if secure else None) as (here, there):
         assert type(at_once(lambda: there.receive(np.zeros(size, np.uint8)))[0]) is TooSlow
         error = at_once(lambda: here.send(Framed.of(b"", [np.zeros(size, np.uint8).data])))[0]
         assert type(error) is TooSlow and "in 0.3 s" in str(error)
@@ -133,25 +145,20 @@ def _then(work, last):
         last()
 
 
+@pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize("by_other", [True, False])
-def test_closing_ends_what_is_under_way(by_other):
-    with stream() as (here, there):
-        body = np.zeros(64 << 20, np.uint8)
-        closing = threading.Timer(0.1, (here if by_other else there).close)
-        closing.start()
+def test_closing_ends_what_is_under_way(by_other, secure, pki):
+    body = np.zeros(64 << 20, np.uint8)
+    with stream(pki=pki if secure else None) as (here, there):
+        threading.Timer(0.1, (here if by_other else there).close).start()
         assert type(at_once(lambda: there.receive(body))[0]) is StreamCut
-    with stream() as (here, there):
+    with stream(pki=pki if secure else None) as (here, there):
         threading.Timer(0.1, (there if by_other else here).close).start()
         error = at_once(lambda: here.send(Framed.of(b"", [body.data])))[0]
         assert isinstance(error, ConnectionError)
 
 
 # ---- between peers ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pki(tmp_path):
-    return Pki(tmp_path / "pki")
 
 
 @pytest.fixture
