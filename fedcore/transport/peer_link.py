@@ -243,6 +243,10 @@ class PeerLink:
                 delivered.set_result(True)
 
 
-def hello_of(run: str, rank: int, name: str) -> dict[str, Any]:
-    """Return what a peer says when it connects."""
-    return {"protocol": PROTOCOL, "run": run, "rank": rank, "name": name}
+def hello_of(run: str, rank: int, name: str, alike: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a peer says when it connects.
+
+    Args:
+        alike: what must be the same at all peers.
+    """
+    return {"protocol": PROTOCOL, "run": run, "rank": rank, "name": name, "alike": dict(alike or {})}

@@ -16,6 +16,7 @@ from fedcore.peers.envelope import Envelope
 from fedcore.peers.packing import Packing
 from fedcore.peers.peer import Peer
 from fedcore.peers.seams import Membership, PeerWork
+from fedcore.peers.segments import describe
 from fedcore.peers.strategy import PeerStrategy
 from fedcore.tls import Credentials
 from fedcore.transport.peer_labour import ThreadLabour
@@ -127,7 +128,11 @@ class RealPeer(ABC):
         self._others = {other for other in roster.ranks if other != rank}
         self._heard: dict[str, set[int]] = {READY: set(), ENDED: set(), GOODBYE: set()}
         self._donated: asyncio.Future[Envelope] | None = None
-        self.wire = PeerWire(roster, rank, credentials, self._take, self._incident, model.layout.num_bytes)
+        self.wire = PeerWire(
+            roster, rank, credentials, self._take, self._incident, model.layout.num_bytes,
+            alike={**describe(strategy), "seed": seed, "steps": options.num_steps, "stop_s": options.stop_s,
+                   "parameters": model.layout.num_params, "dtype": str(model.layout.dtype),
+                   "compressed": packing is not None})
         self.board = self._make_board()
         self.peer = Peer(rank, seed, model.params, model.buffers, run=roster.run, labour=self._labour, wire=self.wire,
                          board=self.board, num_examples=work.num_examples, packing=packing)

@@ -68,15 +68,17 @@ class PeerWire:
         deliver: takes what comes; returns why it was not used, if it was not.
         on_incident: told who did what it should not have.
         model_bytes: of this peer's model; messages may be several times as large, and no larger.
+        alike: settings that must be the same at all peers; who names others is refused.
     """
 
     def __init__(
         self, roster: Roster, rank: int, credentials: Credentials | None, deliver: Callable[[Envelope], str | None],
         on_incident: Callable[[str, str], None], model_bytes: int, pace: Pace | None = None,
+        alike: Mapping[str, Any] | None = None,
     ):
         self._roster, self._rank, self._credentials = roster, rank, credentials
         self._deliver, self._on_incident = deliver, on_incident
-        self._most_bytes = largest_message(model_bytes)
+        self._most_bytes, self._alike = largest_message(model_bytes), dict(alike or {})
         self._pace, self._pool = pace or Pace(), BufferPool(IDLE_BYTES)
         self._links: dict[int, PeerLink] = {}
         self._forgotten: set[int] = set()
@@ -118,7 +120,7 @@ class PeerWire:
         except CannotListen:
             await self.close()
             raise
-        hello = hello_of(self._roster.run, self._rank, own.name)
+        hello = hello_of(self._roster.run, self._rank, own.name, self._alike)
         for rank in self._roster.ranks:
             if rank != self._rank:
                 entry = self._roster.peers[rank]
@@ -225,7 +227,7 @@ class PeerWire:
                 number, envelope = await self._receive(message, context, side)
                 if envelope.source != rank or envelope.run != self._roster.run:
                     raise MalformedFrame(f"it sent a message of peer {envelope.source} in run {shown(envelope.run)}")
-                self._deliver(envelope)
+                self._hand_over(envelope)
                 await context.write(pack({"n": number}))
         except StreamCut:
             return    # the connection ended; whoever was at the other end comes again
@@ -241,6 +243,14 @@ class PeerWire:
         finally:
             if side is not None:
                 side.close()
+
+    def _hand_over(self, envelope: Envelope) -> None:
+        try:
+            self._deliver(envelope)
+        except (KeyError, TypeError, ValueError) as error:
+            logger.debug("A message could not be read", exc_info=True)
+            raise MalformedFrame(
+                f"a message of kind {shown(envelope.kind)} does not say what one must: {shown(repr(error))}") from error
 
     def _welcome(self, rank: int, hello: Mapping[str, Any], side: Expected | None) -> dict[str, Any]:
         """Return what a peer that is let in is told: who this is, and where it may send large bodies."""
@@ -279,7 +289,17 @@ class PeerWire:
             if identity.role != "node" or identity.name != entry.name or not hmac.compare_digest(
                     identity.fingerprint, entry.fingerprint):
                 raise Refusal(f"your certificate ({identity}) is not the one that the roster pins for {entry.name}")
+        self._compare(hello.get("alike"))
         return rank
+
+    def _compare(self, theirs: object) -> None:
+        """Refuse a caller that would wait for what nobody here does, or send what nobody here can use."""
+        if not isinstance(theirs, Mapping) or not theirs:
+            return    # it names nothing
+        for name, ours in self._alike.items():
+            if theirs.get(name) != ours:
+                raise Refusal(f"you have {name}={shown(theirs.get(name))}, and this peer has {shown(ours)}: give all "
+                              "peers the same experiment")
 
     async def _receive(self, message: bytes, context: Any, side: Expected | None) -> tuple[int, Envelope]:
         """Return the number of a message, and what it holds, once all of it has come.

@@ -46,7 +46,7 @@ def roster_of(count, pki=None, run="test"):
     return Roster.of({"run": run, "peers": rows})
 
 
-def real_peers(strategy, roster, pki, folder, rounds=4, options=None, **settings):
+def real_peers(strategy, roster, pki, folder, rounds=4, options=None, run_seed=0, **settings):
     """Return peers over gRPC that do what `play` does in virtual time, and the rows that they write."""
     virtual = prepare(strategy, folder, len(roster.peers), stop={"rounds": rounds}, **settings)
     virtual.recorder.close()
@@ -55,7 +55,7 @@ def real_peers(strategy, roster, pki, folder, rounds=4, options=None, **settings
         work = PeerTraining(virtual.task, virtual.train, 0).peer(rank)
         credentials = pki.node(rank) if pki else None
         peers.append(RosterPeer(
-            strategy, roster, rank, credentials, virtual.model, work, options or PeerOptions(rounds), 0,
+            strategy, roster, rank, credentials, virtual.model, work, options or PeerOptions(rounds), run_seed,
             on_row=lambda event, figures, rank=rank: rows.append((rank, event, figures)),
             packing=packing_for(virtual.settings, virtual.model.layout, rank)))
     return peers, rows
@@ -220,6 +220,7 @@ def test_a_stranger_without_a_certificate_is_not_even_heard(pki, tmp_path):
     (hello_of("another", 1, "node-1"), "belong to the run 'another'"), (hello_of("test", 7, "node-1"), "rank is 7"),
     (hello_of("test", 0, "node-0"), "rank is 0"), (hello_of("test", 1, "node-2"), "call yourself 'node-2'"),
     ({**hello_of("test", 1, "node-1"), "protocol": 99}, "version 99"),
+    (hello_of("test", 1, "node-1", {"class": "DiLoCo"}), "you have class='DiLoCo', and this peer has 'NoLoCo'"),
 ])
 def test_who_does_not_belong_to_the_run_is_refused_and_told_why(hello, reason, tmp_path):
     answers, _, rows = listening(tmp_path, None, lambda roster: call(roster, None, pack(hello)))
@@ -237,12 +238,39 @@ def envelope(**changes):
     pack({"n": 0, "inline": True}, frame(envelope(source=0))), pack({"n": 0, "inline": True}, frame(envelope(run="x"))),
     pack({"n": 0, "inline": True}, frame(envelope()))[:-8], pack({"inline": True}, frame(envelope())), b"garbage",
     pack({"n": 0, "inline": True}),
-], ids=["another's name", "another run", "cut short", "no number", "garbage", "no head"])
+    pack({"n": 0, "inline": True}, frame(envelope(kind="accord"))),
+    pack({"n": 0, "inline": True}, frame(envelope(kind="ask", meta={"incarnation": [1]}))),
+    pack({"n": 0, "inline": False, "side": True}, frame(envelope())),
+], ids=["another's name", "another run", "cut short", "no number", "garbage", "no head", "an accord on nothing",
+        "a question that is none", "a side stream that was not opened"])
 def test_a_corrupted_stream_ends_and_nothing_of_it_is_used(message, tmp_path):
     answers, peer, rows = listening(tmp_path, None, lambda roster: call(
         roster, None, pack(hello_of("test", 1, "node-1")), message))
     assert answers[0]["kind"] == "welcome" and isinstance(answers[1], Exception)
     assert len(incidents(rows)) == 1 and not peer.peer.mailbox._early
+
+
+@pytest.mark.parametrize("other, words", [
+    ({"run_seed": 7}, "seed"), ({"rounds": 5}, "steps"), ({"strategy": NoLoCo(inner_steps=3)}, "inner_steps"),
+    ({"task": {"name": "logistic", "dimension": 9}}, "parameters"),
+    ({"compression": {"name": "top_k", "fraction": 0.5}}, "compressed"),
+])
+def test_a_peer_with_another_experiment_is_told_what_differs(other, words, tmp_path):
+    roster, same = roster_of(2), {"strategy": NoLoCo(), "rounds": 4, "run_seed": 0}
+    ours, rows = real_peers(roster=roster, pki=None, folder=tmp_path / "a", **same)
+    theirs, _ = real_peers(roster=roster, pki=None, folder=tmp_path / "b", **{**same, **other})
+
+    async def run():
+        tasks = [asyncio.create_task(peer.run()) for peer in (ours[0], theirs[1])]
+        while not (rows and theirs[1].wire.refusal(0)):
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return theirs[1].wire.refusal(0)
+
+    reason = submit(run()).result(PATIENCE_S)
+    assert f"you have {words}=" in reason and "the same experiment" in reason and reason in incidents(rows)
 
 
 def test_values_that_are_not_finite_are_refused_with_their_senders_rank(tmp_path):
