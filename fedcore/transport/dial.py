@@ -136,8 +136,8 @@ class Link:
         """
         start = partial.assembler.received if partial is not None else 0
         head = Framed(partial.head, (), 0) if partial is not None else None
-        call = self.channel.unary_stream(method("Fetch"))(
-            pack({"session": self.session, "id": name, "start": start}, head))
+        asked = pack({"session": self.session, "id": name, "start": start}, head)
+        call = _begin(lambda: self.channel.unary_stream(method("Fetch"))(asked))
         found = partial
         try:
             async with asyncio.timeout(self._pace.grace_s):
@@ -175,7 +175,7 @@ class Link:
             TaskLost: the server does not want it any more.
             ConnectionError, TooSlow, MalformedFrame: it was broken off.
         """
-        call = self.channel.stream_stream(method("Send"))()
+        call = _begin(self.channel.stream_stream(method("Send")))
         try:
             await call.write(pack({"session": self.session, "id": name}, Framed(framed.head, (), 0)))
             answer = unpack(await call.read())
@@ -206,6 +206,18 @@ class Broken(ConnectionError):
     def __init__(self, download: Download, reason: str):
         super().__init__(reason)
         self.download = download
+
+
+def _begin(call: Callable[[], Any]) -> Any:
+    """Begin a call on a channel that may have been closed a moment ago.
+
+    Raises:
+        ConnectionError: it has.
+    """
+    try:
+        return call()
+    except aio.UsageError as error:
+        raise ConnectionError("the connection was closed") from error
 
 
 async def _hang_up(call: Any, channel: aio.Channel) -> None:

@@ -10,9 +10,14 @@ from flwr.app import Message
 from fedcore.errors import CannotListen, InvalidSetting, LinkRefused
 from fedcore.tls import load_credentials
 from fedcore.transport.agent import ClientAgent
+from fedcore.transport.dial import Link, open_channel
+from fedcore.transport.frames import Framed
 from fedcore.transport.grid import GrpcGrid
+from fedcore.transport.loop import submit
+from fedcore.transport.pool import BufferPool
 from fedcore.transport.settings import Limits, LinkSettings
 from fedcore.transport.streams import Pace
+from fedcore.transport.wire import method
 from tests.fedcore.transport.kit import Client, Pki, Proxy, Work, ask, deployed, seen, wait_for
 
 LARGE = 1_500_000    # values: 6 MB, several chunks
@@ -195,6 +200,21 @@ def test_a_connection_that_is_cut_is_made_anew_and_nothing_is_done_twice():
         assert [event.message.metadata.reply_to_message_id for event in events[1:]] == names
         assert work.done == [0, 1]
         client.stop()
+
+
+@pytest.mark.parametrize("use", [
+    lambda link: link.send("a", Framed.of(b"{}", ())), lambda link: link.tell({"kind": "reply"}),
+    lambda link: link.fetch("a", None, BufferPool(0), lambda plan: None),
+], ids=["send", "tell", "fetch"])
+def test_a_connection_that_was_closed_a_moment_ago_is_a_lost_one(use):
+    async def run():
+        channel = open_channel("127.0.0.1:9", None)
+        link = Link(channel, channel.stream_stream(method("Control"))(), {"session": "a"}, Pace(), True)
+        await link.close()
+        with pytest.raises(ConnectionError):
+            await use(link)
+
+    submit(run()).result(60)
 
 
 def test_a_client_that_does_not_come_back_in_time_has_left():
