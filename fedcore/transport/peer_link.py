@@ -126,8 +126,9 @@ class PeerLink:
                     logger.error("Peer %s refuses this peer: %s", self._to.name, error)
                 self.refused, self._attempts = str(error), max(self._attempts, PATIENT)
             except BadCertificate as error:
-                self._on_incident(self._to.name, str(error))
-                self._attempts = max(self._attempts, PATIENT)
+                if self.refused != str(error):
+                    self._on_incident(self._to.name, str(error))
+                self.refused, self._attempts = str(error), max(self._attempts, PATIENT)
             except (ConnectionError, MalformedFrame, TooSlow) as error:
                 logger.debug("Talking to peer %s: %s", self._to.name, error)
             if self.silent_since is None:

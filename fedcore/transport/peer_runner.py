@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from fedcore.tls import Credentials
 from fedcore.transport.peer_labour import ThreadLabour
 from fedcore.transport.peer_roster import Roster
 from fedcore.transport.peer_wire import PeerWire
+from fedcore.transport.wire import host_of
 from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
@@ -30,6 +32,7 @@ logger = logging.getLogger("fedcore")
 READY, ENDED, GOODBYE, ASK, STATE = "ready", "ended", "goodbye", "ask", "state"
 POLL_S = 0.01
 SAY_AGAIN_S = 2.0
+MOST_REASONS = 1000    # that are counted apart
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class RealPeer(ABC):
         self._strategy, self._roster, self._labour, self._options = strategy, roster, ThreadLabour(work), options
         self._checkpoints, self._on_row = checkpoints, on_row
         self._others = {other for other in roster.ranks if other != rank}
+        self._incidents: Counter[tuple[str, str]] = Counter()
         self._heard: dict[str, set[int]] = {READY: set(), ENDED: set(), GOODBYE: set()}
         self._donated: asyncio.Future[Envelope] | None = None
         self.wire = PeerWire(
@@ -167,8 +171,16 @@ class RealPeer(ABC):
         return None
 
     def _incident(self, who: str, reason: str) -> None:
-        logger.warning("%s was refused: %s", who, reason)
-        self._on_row("incident", {"who": who, "reason": reason})
+        """Write down who was refused and why, at the 1st, 2nd, 4th, ... time: some try again for hours."""
+        if who not in {entry.name for entry in self._roster.peers}:
+            who = host_of(who) or who    # every attempt comes from another port
+        if len(self._incidents) >= MOST_REASONS:
+            self._incidents.clear()
+        self._incidents[who, reason] += 1
+        times = self._incidents[who, reason]
+        if times & (times - 1) == 0:
+            logger.warning("%s was refused: %s%s", who, reason, f" ({times} times)" if times > 1 else "")
+            self._on_row("incident", {"who": who, "reason": reason, "times": times})
 
     async def _watch(self) -> None:
         """Take note of peers that cannot be reached any more."""

@@ -149,7 +149,7 @@ class PeerWire:
         return 0.0 if since is None else asyncio.get_running_loop().time() - since
 
     def refusal(self, rank: int) -> str | None:
-        """Return why a peer will not talk to this one, if it said so."""
+        """Return why a peer will not talk to this one, or this one with it; None where nothing stands in the way."""
         return self._links[rank].refused
 
     async def drain(self, within_s: float, lost: Collection[int] = ()) -> None:

@@ -211,6 +211,14 @@ def test_another_certificate_of_the_right_name_is_refused(pki, tmp_path):
     assert answers[0]["kind"] == "refused" and len(incidents(rows)) == 1
 
 
+def test_who_tries_again_and_again_fills_no_disk(pki, tmp_path):
+    async def act(roster):
+        return [await call(roster, pki.node(2), pack(hello_of("test", 1, "node-1"))) for _ in range(9)]
+
+    _, _, rows = listening(tmp_path, pki, act)
+    assert [figures["times"] for _, event, figures in rows if event == "incident"] == [1, 2, 4, 8]
+
+
 def test_a_stranger_without_a_certificate_is_not_even_heard(pki, tmp_path):
     answers, _, rows = listening(tmp_path, pki, lambda roster: call(roster, None, pack(hello_of("test", 1, "node-1"))))
     assert isinstance(answers[0], Exception) and not rows
