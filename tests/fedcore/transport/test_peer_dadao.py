@@ -65,23 +65,24 @@ def final_rows(peers):
 
 @pytest.mark.slow
 def test_the_sums_are_kept_when_a_fifth_of_the_exchanges_fails_half_way(tmp_path):
-    pki, events = Pki(tmp_path / "pki", nodes=4), 0.0
-    for attempt in range(4):    # one is enough, unless the machine is busy
+    pki, boosts, met, failed, gradients = Pki(tmp_path / "pki", nodes=4), [], 0.0, 0, 0
+    for attempt in range(12):    # one is enough, unless the machine is busy
         peers, rows = dadao_peers(tmp_path / str(attempt), 4, 4.0, pki)
         for rank, peer in enumerate(peers):
             lose_messages(peer, 0.1, 10 * attempt + rank)
         submit(together(peers)).result(PATIENCE_S)
-        counters = [peer.peer.counters for peer in peers]
-        met, failed = sum(one.exchanges for one in counters) / 2, sum(one.failed_meetings for one in counters)
-        assert 0.1 < failed / (met + failed) < 0.3
         last = final_rows(peers)
         for row in (Z, Z_COPY):
             assert last[:, row].sum(0).abs().max() <= 1e-12 * last[:, row].abs().max()
-        assert last[:, Z].abs().max() > 0.01 and paces(rows)[-1]["boost"] > 1.0
-        events += met + failed + sum(one.gradients for one in counters)
-        if events > 2000:
+        assert last[:, Z].abs().max() > 0.01
+        counters, boosts = [peer.peer.counters for peer in peers], boosts + [row["boost"] for row in paces(rows)]
+        met += sum(one.exchanges for one in counters) / 2
+        failed += sum(one.failed_meetings for one in counters)
+        gradients += sum(one.gradients for one in counters)
+        if met + failed > 300 and met + failed + gradients > 1000:
             break
-    assert events > 1000
+    # A proposal or its vote is lost: 19 of 100.
+    assert met + failed > 300 and 0.1 < failed / (met + failed) < 0.3 and max(boosts) > 1.0
 
 
 def test_latency_stretches_the_unit_of_time_alike_at_all_peers(tmp_path):
