@@ -89,6 +89,8 @@ def serve() -> None:
                 answer = {"pid": started.pid}
             else:
                 answer = {"status": ended.get(request["ended"])}
+            # Numbers come again after some ten thousand processes: this one is not that which ended.
+            ended.pop(answer.get("pid") or 0, None)
             os.write(1, json.dumps(answer).encode() + b"\n")
 
 
