@@ -37,7 +37,7 @@ from fedcore.vectors import Model
 
 logger = logging.getLogger("fedcore")
 
-SHOWN_EVENTS = ("incident", "refused", "lost", "rejoined", "members")
+SHOWN_EVENTS = ("refused", "lost", "rejoined", "members")    # incidents are logged
 
 
 def peer_parts(experiment: Experiment, rank: int) -> tuple[PeerStrategy, Model, Any]:

@@ -218,6 +218,7 @@ class PeerWire:
                 hello = unpack(await context.read()).facts
             rank = self._admit(hello, context)
             caller = self._roster.peers[rank].name
+            self._compare(hello.get("alike"))
             if rank in self._links:    # whoever dials can be dialled
                 self._links[rank].call_again()
             if self._door is not None:
@@ -289,7 +290,6 @@ class PeerWire:
             if identity.role != "node" or identity.name != entry.name or not hmac.compare_digest(
                     identity.fingerprint, entry.fingerprint):
                 raise Refusal(f"your certificate ({identity}) is not the one that the roster pins for {entry.name}")
-        self._compare(hello.get("alike"))
         return rank
 
     def _compare(self, theirs: object) -> None:
