@@ -50,7 +50,7 @@ class SideDoor:
     Args:
         host: at which the peer listens.
         port: of this machine; 0: any free one.
-        on_incident: told who came with another's ticket.
+        on_incident: told who came with another's ticket, and why it was not let in.
 
     Raises:
         OSError: it cannot listen there.
@@ -112,12 +112,15 @@ class SideDoor:
             logger.debug("%s opened no side stream: %s", caller, error)
             return
         except asyncio.CancelledError:
-            link.close()
+            opening.add_done_callback(_hang_up)
             raise
         expected = self._expected.get(ticket)
+        if expected is None or expected.stream.done():
+            # Perhaps the gRPC stream on which it was given ended meanwhile: that is nobody's fault.
+            logger.debug("%s has no ticket for a side stream, or one that is used up.", caller)
+            link.close()
+            return
         try:
-            if expected is None:
-                raise BadCertificate("it has no ticket for a side stream")
             if self._credentials is not None:
                 check_pinned(link, expected.fingerprint)
             link.send(b"!")
@@ -140,7 +143,7 @@ class SideDial:
         self, to: Entry, port: int, ticket: str, credentials: Credentials | None, pace: Pace,
         threads: ThreadPoolExecutor,
     ):
-        self._threads, self._name = threads, to.name
+        self._name = to.name
         address = (host_of(to.address).strip("[]"), port)
         self._opening = threads.submit(dial, address, ticket, credentials, to.name, to.fingerprint, pace)
         self._opening.add_done_callback(self._note)
@@ -162,6 +165,11 @@ class SideDial:
             logger.error("Peer %s was sent nothing on a stream of its own: %s", self._name, error)
         elif error is not None:
             logger.debug("No side stream to peer %s: %s", self._name, error)
+
+
+def _hang_up(opening: "Future[tuple[socket.socket, str]]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[0].close()
 
 
 def _close(opening: "Future[SideStream]") -> None:

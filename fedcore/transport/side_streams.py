@@ -53,13 +53,8 @@ class SideStream:
             ConnectionError: the connection ended.
             TooSlow: the other end does not take it.
         """
-        with self._using:
-            try:
-                self._send(framed, _Clock(self._link, self._pace))
-            except TimeoutError as error:
-                raise self._pace.too_slow() from error
-            except OSError as error:
-                raise ConnectionError(str(error)) from error
+        with self._used(broken=ConnectionError):
+            self._send(framed, _Clock(self._link, self._pace))
 
     def _send(self, framed: Framed, clock: "_Clock") -> None:
         total = 0
@@ -78,13 +73,8 @@ class SideStream:
             TooSlow: the other end does not send it.
             MalformedFrame: it was damaged on the way.
         """
-        with self._using:
-            try:
-                self._receive(body.data, _Clock(self._link, self._pace))
-            except TimeoutError as error:
-                raise self._pace.too_slow() from error
-            except OSError as error:
-                raise StreamCut(str(error)) from error
+        with self._used(broken=StreamCut):
+            self._receive(body.data, _Clock(self._link, self._pace))
 
     def _receive(self, memory: memoryview, clock: "_Clock") -> None:
         total = 0
@@ -98,6 +88,17 @@ class SideStream:
             self._pull(claimed, clock)
             if int.from_bytes(claimed, "little") != total:
                 raise MalformedFrame(f"a body of {len(memory)} bytes was damaged on the way")
+
+    @contextmanager
+    def _used(self, broken: type[Exception]) -> Iterator[None]:
+        """Hold the connection, and call what ends it by its name."""
+        with self._using:
+            try:
+                yield
+            except TimeoutError as error:
+                raise self._pace.too_slow() from error
+            except OSError as error:
+                raise broken(str(error)) from error
 
     def close(self) -> None:
         """End the connection; a thread that is using it fails."""

@@ -321,7 +321,7 @@ def test_nobody_gets_in_without_a_ticket(secure, pki):
     prints = roster_of(2, pki if secure else None).peers
     found, is_open, told = at_the_door(pki if secure else None, lambda where, expected: raised(
         lambda: dial(where, "0" * len(expected.ticket), own, "node-0", prints[0].fingerprint, Pace())))
-    assert isinstance(found, OSError) and not is_open and "no ticket" in told[0][1]
+    assert isinstance(found, OSError) and not is_open and not told
 
 
 def test_a_ticket_is_for_one_certificate_and_its_holder_talks_to_one_certificate(pki):
@@ -342,7 +342,7 @@ def test_a_ticket_is_good_for_one_stream(pki):
         return error
 
     found, is_open, told = at_the_door(None, twice)
-    assert isinstance(found, OSError) and is_open and len(told) == 1
+    assert isinstance(found, OSError) and is_open and not told
 
 
 def test_strangers_who_say_nothing_do_not_keep_others_out(monkeypatch):
