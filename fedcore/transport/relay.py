@@ -34,7 +34,9 @@ class Tunnel:
     Attributes:
         caller, target: node ids.
         answered: becomes the target's call.
-        over: either side has ended.
+        over: it is to end: either side has, or may not any more.
+        ended: nothing passes any more.
+        writing: what is on its way out, by call.
         moved_at: when something last passed, of the loop's clock.
     """
 
@@ -42,6 +44,8 @@ class Tunnel:
     target: int
     answered: "asyncio.Future[Context]"
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    writing: dict["Context", asyncio.Task[None]] = field(default_factory=dict)
     moved_at: float = 0.0
 
 
@@ -136,10 +140,13 @@ class Relay:
                 (await self._acceptor(target)).put_nowait(pack({"kind": "open", "id": name}))
                 answer = await tunnel.answered
             await self._carry(tunnel, context, answer)
+            tunnel.ended.set()
+            await _written(tunnel, context)
         except (TimeoutError, asyncio.QueueFull):
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"peer {rank} does not take calls at present")
         finally:
             tunnel.over.set()
+            tunnel.ended.set()
             self._unanswered.pop(name, None)
             if self._tunnels.get(pair) is tunnel:
                 del self._tunnels[pair]
@@ -160,7 +167,8 @@ class Relay:
             return
         tunnel.answered.set_result(context)
         try:
-            await tunnel.over.wait()
+            await tunnel.ended.wait()
+            await _written(tunnel, context)
         finally:
             tunnel.over.set()
 
@@ -185,8 +193,17 @@ class Relay:
     async def _pass(self, tunnel: Tunnel, source: "Context", sink: "Context") -> None:
         while isinstance(data := await source.read(), bytes):
             self.bytes += len(data)
-            await sink.write(data)
+            writing = tunnel.writing[sink] = asyncio.get_running_loop().create_task(sink.write(data))
+            # Its error may come when nobody waits for it any more, and is no news then.
+            writing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(writing)
             tunnel.moved_at = asyncio.get_running_loop().time()
+
+
+async def _written(tunnel: Tunnel, call: "Context") -> None:
+    """Wait until nothing is on its way out on a call: gRPC cannot tell a peer of a call's end before that."""
+    if (writing := tunnel.writing.get(call)) is not None:
+        await asyncio.wait({writing})
 
 
 async def _wait(event: asyncio.Event) -> None:

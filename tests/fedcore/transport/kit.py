@@ -92,7 +92,9 @@ def deployed(
     with grid:
         others += [Client(app(), grid.address, index, credentials=None if pki is None else pki.node(index), **settings)
                   for index in range(clients)]
-        wait_for(lambda: len(grid.get_node_ids()) == clients, "all clients connecting")
+        # The server knows of a client before the client knows that it does.
+        wait_for(lambda: len(grid.get_node_ids()) == clients and all(other.agent._link for other in others),
+                 "all clients connecting")
         try:
             yield grid, others
         finally:

@@ -80,9 +80,7 @@ def test_what_is_said_arrives_is_counted_and_leaves_nothing_behind(secure, tmp_p
     async def talk(clients):
         said = bytes(range(256)) * (MEGABYTES << 12)
         async with tunnel(*clients, echo) as (reader, writer):
-            saying = asyncio.create_task(_say(writer, said))
-            heard = await reader.readexactly(len(said))
-            await saying
+            heard, _ = await asyncio.gather(reader.readexactly(len(said)), _say(writer, said))
             writer.write_eof()
             assert await reader.read() == b""    # the other end hears that nothing more comes, and ends, too
         return heard == said
@@ -119,7 +117,6 @@ def test_only_members_of_the_roster_have_tunnels_and_only_to_each_other(tmp_path
         return submit(refusal(link_of(client), **facts)).result(10)
 
     with deployed(Work(), 3, Pki(tmp_path, nodes=3)) as (grid, clients):
-        wait_for(lambda: all(map(link_of, clients)))
         assert refused(clients[0], kind="dial", to=1) is denied    # nothing is relayed before anybody said so
         members(grid, 0, 1)
         for facts in ({"kind": "dial", "to": 1}, {"kind": "accept"}, {"kind": "answer", "id": "x"}):
@@ -156,6 +153,33 @@ def test_whoever_leaves_the_roster_loses_its_tunnels():
         assert submit(wait_for_the_end(clients, grid)).result(10) == b""
 
 
+def test_a_tunnel_that_is_cut_while_bytes_are_on_their_way_ends_for_both_and_without_an_error(caplog):
+    ends = []
+
+    async def hoard(reader, writer):
+        await _rest(reader)
+        ends.append(reader)
+
+    async def speak(clients, grid):
+        async with tunnel(*clients, hoard) as (reader, writer):
+            before = grid.relayed_bytes
+            saying = asyncio.create_task(_say(writer, bytes(MEGABYTES << 20)))
+            while grid.relayed_bytes == before:
+                await asyncio.sleep(0)
+            members(grid, 0)
+            rest = await _rest(reader)
+            saying.cancel()
+            await asyncio.gather(saying, return_exceptions=True)
+            return rest
+
+    with deployed(Work(), 2) as (grid, clients):
+        for _ in range(5):
+            members(grid, 0, 1)
+            assert submit(speak(clients, grid)).result(10) == b""
+            wait_for(lambda: grid.snapshot()["tunnels"] == 0, "the tunnel's end")
+        wait_for(lambda: len(ends) == 5, "the other end's hearing of it")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
 def test_tunnels_are_bounded_in_number_and_idle_ones_end(monkeypatch):
     async def many(clients):
         async with tunnel(*clients, echo) as (reader, writer):
@@ -164,7 +188,7 @@ def test_tunnels_are_bounded_in_number_and_idle_ones_end(monkeypatch):
             code = await refusal(link_of(clients[1]), kind="dial", to=0)
             return code, await _rest(reader)
 
-    monkeypatch.setattr(relay, "IDLE_S", 0.5)
+    monkeypatch.setattr(relay, "IDLE_S", 2.0)
     with deployed(Work(), 2, grid=GrpcGrid(settings=LinkSettings(max_tunnels=1))) as (grid, clients):
         members(grid, 0, 1)
         assert submit(many(clients)).result(10) == (grpc.StatusCode.RESOURCE_EXHAUSTED, b"")
