@@ -1,7 +1,7 @@
 """One connection of a client to its server."""
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -22,6 +22,7 @@ from fedcore.transport.wire import Envelope, channel_options, method, pack, unpa
 logger = logging.getLogger("fedcore")
 
 WELCOME_S = 30.0
+CLOSED = "the connection was closed"
 
 
 @dataclass(eq=False)
@@ -44,6 +45,59 @@ def open_channel(address: str, credentials: Credentials | None, server_name: str
     return aio.secure_channel(address, channel_credentials(credentials), options=channel_options(server_name))
 
 
+class Call:
+    """A call whose channel may be closed while somebody reads or writes: that is a connection that was lost.
+
+    gRPC says that the task which reads was cancelled, and whoever believes it ends without a word; and whoever writes
+    before the call has reached the server waits for ever.
+    """
+
+    def __init__(self, call: Any):
+        self._call = call
+        self._reached = False
+        self.cancel = call.cancel
+
+    async def read(self) -> Any:
+        """Return the next message, or gRPC's mark that there is none.
+
+        Raises:
+            ConnectionError, grpc.RpcError, asyncio.InvalidStateError: the connection ended.
+        """
+        return await self._unless_closed(self._call.read())
+
+    async def write(self, message: bytes) -> None:
+        """Send a message. Raises what `read` does."""
+        if self._reached:
+            await self._unless_closed(self._call.write(message))
+        else:
+            await self._unless_closed(self._first(message))
+            self._reached = True
+
+    async def _first(self, message: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        over, writing = asyncio.Event(), loop.create_task(self._call.write(message))
+        self._call.add_done_callback(lambda _: over.set())
+        ending = loop.create_task(over.wait())
+        try:
+            await asyncio.wait({writing, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                raise ConnectionError(CLOSED)
+            await writing
+        finally:
+            for task in (writing, ending):
+                task.cancel()
+
+    @staticmethod
+    async def _unless_closed(step: Awaitable[Any]) -> Any:
+        try:
+            return await step
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise ConnectionError(CLOSED) from error
+
+
 class Link:
     """A connection that the server has accepted.
 
@@ -53,7 +107,7 @@ class Link:
     """
 
     def __init__(self, channel: aio.Channel, call: Any, welcome: Mapping[str, Any], pace: Pace, checked: bool):
-        self.channel, self._call, self.welcome, self._pace, self._checked = channel, call, welcome, pace, checked
+        self.channel, self._call, self.welcome, self._pace, self._checked = channel, Call(call), welcome, pace, checked
         self.session = str(welcome["session"])
         self._writing = asyncio.Lock()
         self.bytes_up = self.bytes_down = 0
@@ -103,7 +157,7 @@ class Link:
         """Return the server's next message; None when the connection is over."""
         try:
             message = await self._call.read()
-        except grpc.RpcError:
+        except (grpc.RpcError, ConnectionError):
             return None
         return unpack(message) if isinstance(message, bytes) else None
 
@@ -150,7 +204,7 @@ class Link:
             assert found is not None
             try:
                 await read_body(call.read, found.assembler, self._pace, self._count_down)
-            except (MalformedFrame, StreamCut, TooSlow, grpc.RpcError) as error:
+            except (MalformedFrame, StreamCut, TooSlow, grpc.RpcError, ConnectionError) as error:
                 if found.assembler.missing:
                     raise Broken(found, str(error)) from error
                 raise
@@ -208,16 +262,16 @@ class Broken(ConnectionError):
         self.download = download
 
 
-def _begin(call: Callable[[], Any]) -> Any:
+def _begin(call: Callable[[], Any]) -> Call:
     """Begin a call on a channel that may have been closed a moment ago.
 
     Raises:
         ConnectionError: it has.
     """
     try:
-        return call()
+        return Call(call())
     except aio.UsageError as error:
-        raise ConnectionError("the connection was closed") from error
+        raise ConnectionError(CLOSED) from error
 
 
 async def _hang_up(call: Any, channel: aio.Channel) -> None:

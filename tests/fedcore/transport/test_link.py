@@ -1,5 +1,7 @@
 """What a server and its clients do for each other over a real connection, when nothing goes wrong or little does."""
+import asyncio
 import logging
+import socket
 import threading
 import time
 
@@ -202,19 +204,56 @@ def test_a_connection_that_is_cut_is_made_anew_and_nothing_is_done_twice():
         client.stop()
 
 
-@pytest.mark.parametrize("use", [
+USES = pytest.mark.parametrize("use", [
     lambda link: link.send("a", Framed.of(b"{}", ())), lambda link: link.tell({"kind": "reply"}),
     lambda link: link.fetch("a", None, BufferPool(0), lambda plan: None),
 ], ids=["send", "tell", "fetch"])
+
+
+def link_to(address):
+    channel = open_channel(address, None)
+    return Link(channel, channel.stream_stream(method("Control"))(), {"session": "a"}, Pace(), True)
+
+
+@USES
 def test_a_connection_that_was_closed_a_moment_ago_is_a_lost_one(use):
     async def run():
-        channel = open_channel("127.0.0.1:9", None)
-        link = Link(channel, channel.stream_stream(method("Control"))(), {"session": "a"}, Pace(), True)
+        link = link_to("127.0.0.1:9")
         await link.close()
         with pytest.raises(ConnectionError):
             await use(link)
 
     submit(run()).result(60)
+
+
+@USES
+def test_a_connection_that_is_closed_under_a_transfer_is_a_lost_one_and_no_cancelled_task(use):
+    async def run(address):
+        link = link_to(address)
+        using = asyncio.create_task(use(link))
+        await asyncio.sleep(0.1)
+        assert not using.done()
+        await link.close()
+        with pytest.raises(ConnectionError):
+            await using
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        submit(run(f"127.0.0.1:{silent.getsockname()[1]}")).result(60)
+
+
+@USES
+def test_a_task_that_is_cancelled_in_a_transfer_is_cancelled(use):
+    async def run(address):
+        link = link_to(address)
+        using = asyncio.create_task(use(link))
+        await asyncio.sleep(0.1)
+        using.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await using
+        await link.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        submit(run(f"127.0.0.1:{silent.getsockname()[1]}")).result(60)
 
 
 def test_a_client_that_does_not_come_back_in_time_has_left():
