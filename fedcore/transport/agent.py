@@ -202,7 +202,7 @@ class ClientAgent:
                         break    # that we hang up tells the server that it was heard
         except TimeoutError:
             reason = f"nothing was heard of the server for {silence_s:g} s"
-        except MalformedFrame as error:
+        except (MalformedFrame, ConnectionError) as error:
             reason = str(error)
         finally:
             beating.cancel()

@@ -241,6 +241,26 @@ def test_a_connection_that_is_closed_under_a_transfer_is_a_lost_one_and_no_cance
         submit(run(f"127.0.0.1:{silent.getsockname()[1]}")).result(60)
 
 
+def test_a_client_whose_connection_ends_while_it_answers_a_ping_connects_again(monkeypatch):
+    tell = Link.tell
+
+    async def broken(link, facts, framed=None):
+        if facts["kind"] == "pong":
+            raise ConnectionError("the connection ended")
+        await tell(link, facts, framed)
+
+    async def ping(member):
+        member.tell({"kind": "ping"})
+
+    with deployed(Work(), 1) as (grid, clients):
+        monkeypatch.setattr(Link, "tell", broken)
+        (member,) = grid._server.board.members.values()
+        before = member.session
+        submit(ping(member)).result(10)
+        wait_for(lambda: member.session not in (None, before), "a new connection")
+        assert clients[0].outcome is None
+
+
 @USES
 def test_a_task_that_is_cancelled_in_a_transfer_is_cancelled(use):
     async def run(address):
