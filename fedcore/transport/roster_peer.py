@@ -70,6 +70,8 @@ class RosterPeer(RealPeer):
 
     def _on_change(self, first: int, members: Membership, joins: tuple[int, ...]) -> None:
         if joins:
+            for rank in joins:    # whose own words to this peer may still be on their way
+                self.wire.call_again(rank)
             self._change, self._gift = (first, members, joins), None
             if self.board.latest is not None:
                 self._on_safe_point(self.board.latest[0])

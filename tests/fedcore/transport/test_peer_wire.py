@@ -124,6 +124,19 @@ def test_others_finish_when_a_peer_dies_and_it_rejoins_from_a_living_one(tmp_pat
     assert again[3].peer.counters.exchanges > 0
 
 
+def test_peers_talk_to_one_that_comes_back_also_where_its_own_words_have_not_reached_them(tmp_path, monkeypatch):
+    strategy, options = NoLoCo(inner_steps=2), PeerOptions(60, lost_after_s=0.6, farewell_s=10.0)
+    roster = roster_of(4)
+    peers, rows = real_peers(strategy, roster, None, tmp_path / "a", options=options)
+    again, new_rows = real_peers(strategy, roster, None, tmp_path / "b", options=options)
+    for deaf in peers[1:3]:
+        monkeypatch.setattr(deaf, "_on_ask", lambda envelope: None)
+    lost = killed_and_back(peers, again[3], 5, lambda: len([row for row in rows if row[1] == "lost"]) == 3)
+    submit(lost).result(PATIENCE_S)
+    assert {peer.peer.step for peer in peers[:3]} == {59} == {again[3].peer.step}
+    assert again[3].peer.counters.silent == 0 < again[3].peer.counters.exchanges
+
+
 def averaging(held):
     """Return peers that average with a neighbour at random times, from different starts."""
     async def run(peer):
