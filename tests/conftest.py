@@ -44,7 +44,8 @@ def quietly(parse: Any) -> Any:
 ast.parse = quietly(ast.parse)
 
 # Where real processes, sockets and clocks take part, a machine that is busy with something else can be too slow: there
-# a failure has to repeat to count. The bad nights of tests/faults are not among them: each of their failures counts.
+# a failure has to repeat to count; each is shown in the end, and worth a look: some were no slowness. The bad nights of
+# tests/faults are not among them: each of their failures counts.
 REAL = tuple(Path(__file__).parent / folder for folder in (
     "deploy", "docs", "fedcore/superlink", "fedcore/tls", "fedcore/transport"))
 
