@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,14 +268,13 @@ class Workbench:
             try:
                 found = await link.fetch(entry.name, entry.partial, self._pool, self._check_size)
                 entry.ready_at, entry.partial = time.monotonic(), None
-                await link.tell({"kind": "got", "id": entry.name})
+                with suppress(ConnectionError):    # then the server learns it when the connection is made anew
+                    await link.tell({"kind": "got", "id": entry.name})
                 return found
             except Broken as error:
                 entry.partial = error.download
                 logger.info("A request was broken off after %d bytes: %s.", error.download.assembler.received, error)
             except (ConnectionError, TooSlow) as error:
-                if entry.ready_at:    # it is here, only the server does not know
-                    continue
                 logger.info("A request was broken off: %s.", printable(str(error)))
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -261,6 +261,25 @@ def test_a_client_whose_connection_ends_while_it_answers_a_ping_connects_again(m
         assert clients[0].outcome is None
 
 
+def test_a_request_that_came_whole_is_used_where_the_connection_ends_before_that_can_be_said(monkeypatch):
+    tell, broken = Link.tell, []
+
+    async def breaking(link, facts, framed=None):
+        await tell(link, facts, framed)
+        if facts["kind"] == "got" and not broken:
+            broken.append(facts["id"])
+            raise ConnectionError("the connection ended")
+
+    monkeypatch.setattr(Link, "tell", breaking)
+    with deployed(Work(), 1) as (grid, _):
+        (node,) = grid.get_node_ids()
+        # Two models: the server keeps the older one for nobody who has it.
+        names = grid.push_messages([ask(node, 0, LARGE), ask(node, 1, LARGE)])
+        events = [grid.next_event(grid.now + 30) for _ in range(3)]
+        assert [event.message.metadata.reply_to_message_id for event in events if event.kind == "reply"] == names
+        assert broken == names[:1]
+
+
 @USES
 def test_a_task_that_is_cancelled_in_a_transfer_is_cancelled(use):
     async def run(address):
