@@ -227,15 +227,20 @@ def test_a_connection_that_was_closed_a_moment_ago_is_a_lost_one(use):
 
 
 @USES
-def test_a_connection_that_is_closed_under_a_transfer_is_a_lost_one_and_no_cancelled_task(use):
+@pytest.mark.parametrize("end, error", [
+    (lambda link, using: link.close(), ConnectionError), (lambda link, using: using.cancel(), asyncio.CancelledError),
+], ids=["a closed connection", "a cancelled task"])
+def test_a_transfer_tells_a_connection_that_is_closed_under_it_from_its_own_cancellation(use, end, error):
     async def run(address):
         link = link_to(address)
         using = asyncio.create_task(use(link))
         await asyncio.sleep(0.1)
         assert not using.done()
-        await link.close()
-        with pytest.raises(ConnectionError):
+        if asyncio.iscoroutine(ending := end(link, using)):
+            await ending
+        with pytest.raises(error):
             await using
+        await link.close()
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         submit(run(f"127.0.0.1:{silent.getsockname()[1]}")).result(60)
@@ -278,21 +283,6 @@ def test_a_request_that_came_whole_is_used_where_the_connection_ends_before_that
         events = [grid.next_event(grid.now + 30) for _ in range(3)]
         assert [event.message.metadata.reply_to_message_id for event in events if event.kind == "reply"] == names
         assert broken == names[:1]
-
-
-@USES
-def test_a_task_that_is_cancelled_in_a_transfer_is_cancelled(use):
-    async def run(address):
-        link = link_to(address)
-        using = asyncio.create_task(use(link))
-        await asyncio.sleep(0.1)
-        using.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await using
-        await link.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        submit(run(f"127.0.0.1:{silent.getsockname()[1]}")).result(60)
 
 
 def test_a_client_that_does_not_come_back_in_time_has_left():
