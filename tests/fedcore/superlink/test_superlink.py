@@ -28,6 +28,19 @@ def exported(tmp_path: Path, **settings: object) -> tuple[Path, Path]:
     return file, export_app(file, tmp_path / "app")
 
 
+def test_fedavg_ends_where_it_ends_in_virtual_time(federation, tmp_path):
+    file, app = exported(tmp_path, strategy="fedavg")
+    said = federation.run(app, "-c", f'out="{tmp_path / "run"}"')
+    assert (tmp_path / "run" / "summary.json").is_file(), said[-3000:]
+    theirs, ours = Run(tmp_path / "run"), simulate(file, out=tmp_path / "virtual")
+    assert theirs.summary["engine"] == "superlink"
+    assert (theirs.summary["versions"], theirs.summary["client_updates"]) == (3, 6)
+    for name, values in ours.model().items():
+        assert torch.allclose(values, theirs.model()[name], rtol=0, atol=1e-6), name
+    assert theirs.summary["final_accuracy"] == ours.summary["final_accuracy"] > 0.5
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_fedcompass_finishes_and_settings_can_be_changed_at_the_start_of_a_run(federation, tmp_path):
     _, app = exported(tmp_path, strategy={"name": "fedcompass", "min_local_steps": 5, "max_local_steps": 10})
     said = federation.run(app, "-c", f'out="{tmp_path / "run"}" set="train.lr=0.2 seed=5"')
